@@ -1,0 +1,1 @@
+"""Bases: loading, roles, fingerprints and hardware; where the parts of each model family are."""

@@ -1,0 +1,1 @@
+"""Sampling: generation engines and verifiers."""
