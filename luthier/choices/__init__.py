@@ -1,0 +1,1 @@
+"""Choices: which of the base's own parameters move, and when."""

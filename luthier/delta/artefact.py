@@ -1,0 +1,320 @@
+"""The delta as a thing: pieces of named tensors, the form that made each, the base they belong to. Saved without pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from luthier.delta.form import Form, No, Site, State
+from luthier.delta.registry import FORMS
+from luthier.errors import LuthierError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+"""Version of the folder's layout; readers refuse a newer one."""
+
+
+@dataclass
+class Piece:
+    """One form at its sites. `p` are trained and `fixed` constant numbers: site -> name -> tensor."""
+
+    name: str
+    form: Form
+    sites: dict[str, Site]
+    p: dict[str, dict[str, Tensor]]
+    fixed: dict[str, dict[str, Tensor]]
+    scale: float = 1.0
+
+    def states(self, weights: Callable[[Site], Tensor] | None = None) -> Iterator[State]:
+        """A State for every site, its weight read by `weights` where the form asks for it."""
+        for key, site in self.sites.items():
+
+            def weight(site: Site = site) -> Tensor:
+                if weights is None:
+                    raise LuthierError(f"piece '{self.name}' needs the base's weight at {site.name}: pass weights=")
+                return weights(site)
+
+            yield State(site, self.p.get(key, {}), self.fixed.get(key, {}), weight)
+
+    def count(self) -> int:
+        """Numbers trained, as the form counts."""
+        return sum(self.form.count(site) for site in self.sites.values())
+
+
+@dataclass
+class Delta:
+    """What was added to a base: the artefact everything in the house makes, changes or measures.
+
+    Lawful: `a + b` puts both on the same base, `2 * a` scales every change, `a.only("attn.q")` keeps some sites.
+    """
+
+    pieces: list[Piece]
+    base: dict[str, Any] = field(default_factory=dict)
+    """name, fingerprint, tokenizer and template digests."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """plan, data digest, parents, versions."""
+    audit: dict[str, Any] = field(default_factory=dict)
+    """Summary of the measurements."""
+    seals: dict[str, list[float]] = field(default_factory=dict)
+    """Site -> seeded projection of its change."""
+    probes: dict[str, Tensor] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Small files that travel along: tokenizer files where tokens were added, the report."""
+
+    # -- algebra
+
+    def __add__(self, other: Delta) -> Delta:
+        a, b = self.base.get("fingerprint"), other.base.get("fingerprint")
+        if a and b and a != b:
+            raise LuthierError(f"cannot add deltas of different bases ({a} and {b}): port one of them to the other's base first")
+        names: set[str] = set()
+        pieces = []
+        for piece in [*self.pieces, *other.pieces]:
+            name, k = piece.name, 2
+            while name in names:
+                name, k = f"{piece.name}-{k}", k + 1
+            names.add(name)
+            pieces.append(dataclasses.replace(piece, name=name))
+        parents = [d.lineage.get("id") for d in (self, other) if d.lineage.get("id")]
+        return Delta(pieces, dict(self.base or other.base), {"parents": parents, "made_by": "add"})
+
+    def __mul__(self, factor: float) -> Delta:
+        pieces = []
+        for piece in self.pieces:
+            if isinstance(piece.form.scales, No) and factor != 1:
+                raise LuthierError(f"piece '{piece.name}' cannot be scaled: {piece.form.scales.reason}")
+            pieces.append(dataclasses.replace(piece, scale=piece.scale * factor))
+        return Delta(pieces, dict(self.base), {"parents": [self.lineage.get("id")], "made_by": f"scale {factor}"})
+
+    __rmul__ = __mul__
+
+    def only(self, *patterns: str) -> Delta:
+        """The delta at the sites whose role or name matches one of the patterns; a pattern without a match is an error."""
+        kept, used = [], set()
+        for piece in self.pieces:
+            sites = {}
+            for key, site in piece.sites.items():
+                hits = {q for q in patterns if site.role == q or site.role.startswith(q + ".") or fnmatch(site.name, q)}
+                used |= hits
+                if hits:
+                    sites[key] = site
+            if sites:
+                kept.append(
+                    dataclasses.replace(
+                        piece, sites=sites, p={k: piece.p[k] for k in sites}, fixed={k: piece.fixed[k] for k in sites}
+                    )
+                )
+        if unused := set(patterns) - used:
+            roles = sorted({s.role for piece in self.pieces for s in piece.sites.values()})
+            raise LuthierError(f"no site of this delta matches {sorted(unused)}; its roles: {', '.join(roles)}")
+        return Delta(kept, dict(self.base), {"parents": [self.lineage.get("id")], "made_by": "only"})
+
+    def count(self) -> int:
+        """Numbers trained over all pieces, as their papers count."""
+        return sum(piece.count() for piece in self.pieces)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for _, t in self._flat())
+
+    # -- tensors
+
+    def tensors(self, weights: Callable[[Site], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, dense additive change [d_out, d_in] or [d_out]) for every folding piece; one at a time.
+
+        `weights` gives the base's weight of a site for forms that need it. A form that has no weight change is an error
+        that gives its reason.
+        """
+        for piece in self.pieces:
+            for s in piece.states(weights):
+                change = piece.form.delta(s)
+                if isinstance(change, No):
+                    raise LuthierError(f"piece '{piece.name}' has no weight change: {change.reason}")
+                for part, value in change.items():
+                    name = s.site.parameter if part == "weight" else part
+                    yield f"{s.site.name}.{name}", value * piece.scale
+
+    def _flat(self) -> Iterator[tuple[str, Tensor]]:
+        for piece in self.pieces:
+            for group, table in (("p", piece.p), ("fixed", piece.fixed)):
+                for key, numbers in table.items():
+                    for name, tensor in numbers.items():
+                        yield f"{piece.name}/{key}/{group}/{name}", tensor
+
+    # -- the folder
+
+    def header(self) -> dict[str, Any]:
+        """What delta.json holds."""
+        return {
+            "format": FORMAT,
+            "base": self.base,
+            "pieces": [
+                {
+                    "name": piece.name,
+                    "form": FORMS.name_of(type(piece.form)),
+                    "settings": dataclasses.asdict(piece.form),  # pyright: ignore[reportArgumentType]
+                    "scale": piece.scale,
+                    "sites": {key: dataclasses.asdict(site) for key, site in piece.sites.items()},
+                }
+                for piece in self.pieces
+            ],
+            "lineage": self.lineage,
+            "audit": self.audit,
+            "seals": self.seals,
+        }
+
+    def save(self, folder: str | os.PathLike[str], card: str | None = None) -> Path:
+        """Writes the folder: everything to a neighbour first, then moved, so that no half-written delta is left behind.
+
+        An existing delta in `folder` is replaced file by file, `delta.json` last.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            os.chmod(new, 0o755)
+            tensors = {name: t.detach().cpu().contiguous() for name, t in self._flat()}
+            save_file(tensors, new / "delta.safetensors", {"format": "luthier"})
+            if self.probes:
+                save_file({k: v.contiguous() for k, v in self.probes.items()}, new / "probes.safetensors")
+            (new / "README.md").write_text(card or _card(self), encoding="utf-8")
+            for name, content in self.files.items():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                (new / name).write_bytes(content)
+            header = self.header() | {"digest": _file_digest(new / "delta.safetensors")}
+            (new / "delta.json").write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            _sync(new)
+            folder.mkdir(exist_ok=True)
+            written = sorted((p for p in new.rglob("*") if p.is_file()), key=lambda p: p.name == "delta.json")
+            for path in written:
+                (folder / path.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, folder / path.relative_to(new))
+        except OSError as e:
+            raise LuthierError(f"cannot write the delta to {folder}: {e.strerror or e}; what stood there before is whole") from e
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Delta:
+        """Reads a delta folder; every tensor must be there, of the stated shape, and the file whole (digest)."""
+        folder = Path(folder)
+        header = read_header(folder)
+        path = folder / "delta.safetensors"
+        if not path.exists():
+            raise LuthierError(f"{path} is missing: the delta folder is incomplete; copy it again")
+        if header.get("digest") != _file_digest(path):
+            raise LuthierError(f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again")
+        tables: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {}
+        try:
+            with safe_open(path, "pt") as f:
+                for key in f.keys():
+                    piece, rest = key.split("/", 1)
+                    site, group, name = rest.rsplit("/", 2)
+                    tables.setdefault(piece, {}).setdefault(group, {}).setdefault(site, {})[name] = f.get_tensor(key)
+        except (SafetensorError, ValueError) as e:
+            raise LuthierError(f"{path} is not a whole safetensors file ({e}): copy it again") from e
+        pieces = []
+        for entry in header["pieces"]:
+            sites = {key: Site(**site) for key, site in entry["sites"].items()}
+            table = tables.pop(entry["name"], {})
+            p, fixed = ({k: table.get(group, {}).get(k, {}) for k in sites} for group in ("p", "fixed"))
+            empty = [k for k in sites if not p[k] and not fixed[k]]
+            if empty:
+                raise LuthierError(f"{path}: piece '{entry['name']}' has no tensor for site {empty[0]} ({len(empty)} such sites)")
+            form = FORMS.make(entry["form"], entry["settings"])
+            pieces.append(Piece(entry["name"], form, sites, p, fixed, entry.get("scale", 1.0)))
+        if tables:
+            raise LuthierError(f"{path} holds tensors of pieces that delta.json does not name: {sorted(tables)}")
+        probes = {}
+        if (folder / "probes.safetensors").exists():
+            with safe_open(folder / "probes.safetensors", "pt") as f:
+                probes = {k: f.get_tensor(k) for k in f.keys()}
+        return cls(pieces, header["base"], header["lineage"], header.get("audit", {}), header.get("seals", {}), probes)
+
+    # -- on a model (the attach room supplies these two at import, since it stands above this one)
+
+    def apply(self, model: nn.Module, *, strict: bool = True) -> Any:
+        """Puts the delta on a model by hooks; gives the handle (`off()`, `fold()`, `detach()`). Another base is an error."""
+        return _ATTACHER["apply"](model, self, strict=strict)
+
+    def detach(self, model: nn.Module) -> None:
+        """Takes this delta off the model; the base is then bit for bit what it was."""
+        _ATTACHER["detach"](model, self)
+
+
+_ATTACHER: dict[str, Callable[..., Any]] = {}
+
+
+def supply_attacher(**functions: Callable[..., Any]) -> None:
+    """For the attach room: the functions behind Delta.apply and Delta.detach."""
+    _ATTACHER.update(functions)
+
+
+def read_header(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """delta.json of a folder, checked for format. No tensor is read."""
+    path = Path(folder) / "delta.json"
+    if not path.exists():
+        hint = "it is a PEFT folder: use 'luthier import'" if (Path(folder) / "adapter_config.json").exists() else "give a delta folder"
+        raise LuthierError(f"{folder} holds no delta.json: {hint}")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise LuthierError(f"{path} is not JSON ({e}): copy the folder again") from e
+    missing = {"format", "base", "pieces", "lineage"} - set(header)
+    if missing:
+        raise LuthierError(f"{path} lacks {sorted(missing)}: not a delta of this project, or altered")
+    if header["format"] > FORMAT:
+        raise LuthierError(f"{path} has format {header['format']}, this version reads up to {FORMAT}: upgrade luthier")
+    return header
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (first 16 hex digits) of named tensors, in the order given."""
+    h = hashlib.sha256()
+    for name, t in tensors:
+        h.update(f"{name}:{t.dtype}:{tuple(t.shape)}".encode())
+        h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return h.hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _card(delta: Delta) -> str:
+    rows = "\n".join(
+        f"| {q.name} | {FORMS.name_of(type(q.form))} | {len(q.sites)} | {q.count():,} |" for q in delta.pieces
+    )
+    base: Mapping[str, Any] = delta.base
+    return (
+        f"---\nlibrary_name: luthier\nbase_model: {base.get('name', 'unknown')}\n---\n\n# A delta on {base.get('name', 'unknown')}\n\n"
+        f"Base fingerprint `{base.get('fingerprint', 'unknown')}`.\n\n| piece | form | sites | numbers trained |\n|---|---|---|---|\n{rows}\n\n"
+        f'Load it: `luthier.load("{base.get("name", "BASE")}", deltas=["FOLDER"])`. Check it: `luthier verify FOLDER`.\n'
+    )

@@ -1,0 +1,22 @@
+"""The one error type of the project: a user's mistake or bad luck, told in one line with its remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LuthierError(Exception):
+    """What went wrong, where, and what to do about it, in one line. The command line prints it and exits with code 2."""
+
+
+def nearest(word: str, known: Iterable[str], what: str = "name") -> str:
+    """The tail of an error about an unknown word: the closest known one if any is close, else all of them.
+
+    >>> nearest("loar", ["lora", "dora"], "form")
+    "did you mean 'lora'? (forms: dora, lora)"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, 1, 0.5)
+    listed = f"{what}s: {', '.join(names) or 'none'}"
+    return f"did you mean '{close[0]}'? ({listed})" if close else listed

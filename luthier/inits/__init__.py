@@ -1,0 +1,1 @@
+"""Inits: other starts for a form than its own."""

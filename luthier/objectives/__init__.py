@@ -1,0 +1,1 @@
+"""Objectives: from log-probabilities to a loss, as a sum and a count."""

@@ -1,0 +1,1 @@
+"""One plan a paper: data, not code."""
