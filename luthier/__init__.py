@@ -1,8 +1,8 @@
 """luthier: adapt language models, and know what each change gained and what it cost.
 
-    import luthier
-    run = luthier.tune("plan.yaml")
-    model = luthier.load("practice", deltas=["out"])
+import luthier
+run = luthier.tune("plan.yaml")
+model = luthier.load("practice", deltas=["out"])
 """
 
 from __future__ import annotations

@@ -3,4 +3,16 @@
 from luthier.delta.form import Context, Form, No, Site, State
 from luthier.delta.registry import CHOICES, FORMS, INITS, OBJECTIVES, OPTIMISERS, Registry
 
-__all__ = ["CHOICES", "FORMS", "INITS", "OBJECTIVES", "OPTIMISERS", "Context", "Form", "No", "Registry", "Site", "State"]
+__all__ = [
+    "CHOICES",
+    "FORMS",
+    "INITS",
+    "OBJECTIVES",
+    "OPTIMISERS",
+    "Context",
+    "Form",
+    "No",
+    "Registry",
+    "Site",
+    "State",
+]

@@ -82,7 +82,9 @@ class Delta:
     def __add__(self, other: Delta) -> Delta:
         a, b = self.base.get("fingerprint"), other.base.get("fingerprint")
         if a and b and a != b:
-            raise LuthierError(f"cannot add deltas of different bases ({a} and {b}): port one of them to the other's base first")
+            raise LuthierError(
+                f"cannot add deltas of different bases ({a} and {b}): port one of them to the other's base first"
+            )
         names: set[str] = set()
         pieces = []
         for piece in [*self.pieces, *other.pieces]:
@@ -206,7 +208,9 @@ class Delta:
                 (folder / path.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, folder / path.relative_to(new))
         except OSError as e:
-            raise LuthierError(f"cannot write the delta to {folder}: {e.strerror or e}; what stood there before is whole") from e
+            raise LuthierError(
+                f"cannot write the delta to {folder}: {e.strerror or e}; what stood there before is whole"
+            ) from e
         finally:
             shutil.rmtree(new, ignore_errors=True)
         return folder
@@ -220,7 +224,9 @@ class Delta:
         if not path.exists():
             raise LuthierError(f"{path} is missing: the delta folder is incomplete; copy it again")
         if header.get("digest") != _file_digest(path):
-            raise LuthierError(f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again")
+            raise LuthierError(
+                f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again"
+            )
         tables: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {}
         try:
             with safe_open(path, "pt") as f:
@@ -237,7 +243,9 @@ class Delta:
             p, fixed = ({k: table.get(group, {}).get(k, {}) for k in sites} for group in ("p", "fixed"))
             empty = [k for k in sites if not p[k] and not fixed[k]]
             if empty:
-                raise LuthierError(f"{path}: piece '{entry['name']}' has no tensor for site {empty[0]} ({len(empty)} such sites)")
+                raise LuthierError(
+                    f"{path}: piece '{entry['name']}' has no tensor for site {empty[0]} ({len(empty)} such sites)"
+                )
             form = FORMS.make(entry["form"], entry["settings"])
             pieces.append(Piece(entry["name"], form, sites, p, fixed, entry.get("scale", 1.0)))
         if tables:
@@ -271,7 +279,11 @@ def read_header(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """delta.json of a folder, checked for format. No tensor is read."""
     path = Path(folder) / "delta.json"
     if not path.exists():
-        hint = "it is a PEFT folder: use 'luthier import'" if (Path(folder) / "adapter_config.json").exists() else "give a delta folder"
+        hint = (
+            "it is a PEFT folder: use 'luthier import'"
+            if (Path(folder) / "adapter_config.json").exists()
+            else "give a delta folder"
+        )
         raise LuthierError(f"{folder} holds no delta.json: {hint}")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))

@@ -43,6 +43,10 @@ class Site:
     bias: bool = False
     parameter: str = "weight"
     """Name of the weight inside the module."""
+    shape: tuple[int, ...] = ()
+    """Shape of that parameter as the model stores it."""
+    entries: int = 0
+    """Entries of the parameter that move, where only some do."""
     experts: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -92,7 +96,7 @@ class Form:
     """
 
     at: ClassVar[str] = "weight"
-    """weight, output, hidden, keys-values or input."""
+    """weight, output, hidden, keys-values or input; 'base' for what choices leave behind (edits in place)."""
     scope: ClassVar[str] = "site"
     """site, layer or model."""
     sites: ClassVar[tuple[str, ...]] = ("linear",)

@@ -88,9 +88,7 @@ def record_probes(
     }
 
 
-def check_probes(
-    stored: dict[str, torch.Tensor], model_fn: ModelFn, *, tolerance: float | None = None
-) -> ProbeVerdict:
+def check_probes(stored: dict[str, torch.Tensor], model_fn: ModelFn, *, tolerance: float | None = None) -> ProbeVerdict:
     """Whether a model is the stored tuned one. It is nearer to one of the two within half the gap between them, and `ok`
     when tuned and within `tolerance` logits: by default a quarter of the gap, which leaves room for another precision
     but not for a wrong scale; state a small one after a save and load in the same precision."""
@@ -118,14 +116,18 @@ def _verdict(tuned: float, base: float, gap: float, tolerance: float | None) -> 
         if tuned > allowed:
             return ProbeVerdict("tuned", tuned, base, gap, False, f"the delta is there but altered: {told}")
         silent = "the delta does not change the probes, and the model is as stored"
-        return ProbeVerdict("tuned", tuned, base, gap, True, f"{'the delta is there' if gap > _NOISE else silent}: {told}")
+        return ProbeVerdict(
+            "tuned", tuned, base, gap, True, f"{'the delta is there' if gap > _NOISE else silent}: {told}"
+        )
     if base <= near:
         return ProbeVerdict("base", tuned, base, gap, False, f"the delta is not there, this is the base: {told}")
     return ProbeVerdict("neither", tuned, base, gap, False, f"neither the base nor the tuned model: {told}")
 
 
 def _meta(stored: dict[str, torch.Tensor]) -> tuple[int, int, int]:
-    wanted = ["tokens", "lengths", "meta"] + [f"{m}.{k}" for m in ("base", "tuned") for k in ("top", "ids", "projected")]
+    wanted = ["tokens", "lengths", "meta"] + [
+        f"{m}.{k}" for m in ("base", "tuned") for k in ("top", "ids", "projected")
+    ]
     missing = [name for name in wanted if name not in stored]
     if missing:
         raise LuthierError(f"the probes lack {', '.join(missing)}: the file is not a delta's probes or was cut")

@@ -33,7 +33,9 @@ class Registry(Mapping[str, Any]):
 
         def enter(method: T) -> T:
             if name in self._found and self._found[name].__module__ != getattr(method, "__module__", None):
-                raise LuthierError(f"{self.what} '{name}' is defined twice: in {self._found[name].__module__} and {method.__module__}")
+                raise LuthierError(
+                    f"{self.what} '{name}' is defined twice: in {self._found[name].__module__} and {method.__module__}"
+                )
             self._found[name] = method
             return method
 

@@ -45,7 +45,9 @@ class SourceSpec(Section):
     limit: int | None = Field(None, ge=1, description="At most this many records.")
     skip: int = Field(0, ge=0, description="Leave out this many records at the start.")
     weight: float = Field(1.0, ge=0, description="Loss weight of every record of this source.")
-    pattern: str | None = Field(None, description="Regular expression with named groups, for text files of one record a line.")
+    pattern: str | None = Field(
+        None, description="Regular expression with named groups, for text files of one record a line."
+    )
 
 
 class DataSpec(Section):
@@ -57,20 +59,32 @@ class DataSpec(Section):
     template: str | None = Field(None, description="Chat template: a Jinja file or text; default the tokenizer's own.")
     template_options: dict[str, Any] = Field({}, description="Variables handed to the template (enable_thinking …).")
     max_length: int = Field(1024, ge=2, description="Longest row in tokens.")
-    too_long: Literal["truncate", "drop", "error"] = Field("truncate", description="What happens to longer records; always counted.")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What happens to longer records; always counted."
+    )
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="Which turns carry loss: every assistant turn, the last one only, or all tokens."
     )
     role_weights: dict[str, float] = Field({}, description="Loss weight by role, over loss_on ({tool: 0.5} …).")
-    thinking: Literal["keep", "mask", "strip"] = Field("keep", description="Thinking blocks in assistant turns: train, show without loss, or remove.")
+    thinking: Literal["keep", "mask", "strip"] = Field(
+        "keep", description="Thinking blocks in assistant turns: train, show without loss, or remove."
+    )
     unsupervised: Literal["error", "drop"] = Field("error", description="A record without a supervised token.")
-    end_of_turn: Literal["require", "allow-missing"] = Field("require", description="Refuse rows whose answer does not end in a supervised end-of-turn.")
+    end_of_turn: Literal["require", "allow-missing"] = Field(
+        "require", description="Refuse rows whose answer does not end in a supervised end-of-turn."
+    )
     packing: bool = Field(False, description="Fill rows of max_length with several records, isolated from each other.")
     bucket: int = Field(64, ge=1, description="Batches taken together when sorting by length; 1 keeps the drawn order.")
     shuffle: bool = Field(True, description="New seeded order every epoch.")
-    stream: bool | Literal["auto"] = Field("auto", description="Read while training, not before; auto above 100,000 records.")
-    window: int = Field(2048, ge=1, description="Records checked before step one when streaming; also the shuffle window.")
-    cache: bool = Field(True, description="Keep tokenised rows on disk, keyed by content of data, tokenizer and template.")
+    stream: bool | Literal["auto"] = Field(
+        "auto", description="Read while training, not before; auto above 100,000 records."
+    )
+    window: int = Field(
+        2048, ge=1, description="Records checked before step one when streaming; also the shuffle window."
+    )
+    cache: bool = Field(
+        True, description="Keep tokenised rows on disk, keyed by content of data, tokenizer and template."
+    )
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -91,7 +105,9 @@ class DeltaSpec(BaseModel):
     except_: list[str] = Field([], alias="except", description="Roles or name patterns to leave out.")
     layers: list[int] | None = Field(None, description="Only these layers (negative counts from the end).")
     lr: float | None = Field(None, gt=0, description="Learning rate of this piece; default train.lr.")
-    weight_decay: float | None = Field(None, ge=0, description="Weight decay of this piece; default train.weight_decay.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Weight decay of this piece; default train.weight_decay."
+    )
     init: str | None = Field(None, description="Another start than the form's own.")
     start_from: str | None = Field(None, description="Delta folder whose piece of this name continues.")
 
@@ -131,7 +147,9 @@ class TrainSpec(Section):
     batch_size: int = Field(8, ge=1, description="Rows in a micro-batch on each process.")
     accumulate: int = Field(1, ge=1, description="Micro-batches in one optimiser step.")
     lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="After warm-up; wsd decays over the last fifth.")
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine", description="After warm-up; wsd decays over the last fifth."
+    )
     warmup: float = Field(0.03, ge=0, description="Share of the steps below 1, number of steps from 1 on.")
     min_lr: float = Field(0.0, ge=0, le=1, description="Where the schedule ends, as a share of lr.")
     optimiser: str = Field("adamw", description="Optimiser by name.")
@@ -139,7 +157,9 @@ class TrainSpec(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled; not on norms, biases and vectors.")
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null for none.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Type of the arithmetic; auto is bf16 on hardware that has it. See docs/precision.md.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Type of the arithmetic; auto is bf16 on hardware that has it. See docs/precision.md."
+    )
     checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     compile: bool = Field(False, description="torch.compile the model.")
     seed: int = Field(0, ge=0, description="Of the draws, the order and dropout.")
@@ -147,7 +167,9 @@ class TrainSpec(Section):
     eval_batch_size: int | None = Field(None, ge=1, description="Default batch_size.")
     early_stop: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better loss.")
     keep_best: bool = Field(False, description="End with the delta of the best evaluation loss.")
-    non_finite: Literal["stop", "skip"] = Field("stop", description="A loss that is not finite: stop and write the records, or skip and count.")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="A loss that is not finite: stop and write the records, or skip and count."
+    )
     max_skips: int = Field(10, ge=0, description="With non_finite: skip, stop after this many.")
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     report_to: list[str] = Field([], description="tensorboard, wandb, mlflow, trackio.")
@@ -175,7 +197,10 @@ class CheckSpec(Section):
 
     name: str | None = Field(None, description="Shown in the report; default from the source.")
     source: SourceSpec = Field(..., description="Its records.")
-    metric: str = Field("auto", description="Verifier or metric by name; auto is the family's own, exact match for answers, loss for text.")
+    metric: str = Field(
+        "auto",
+        description="Verifier or metric by name; auto is the family's own, exact match for answers, loss for text.",
+    )
     metric_options: dict[str, Any] = Field({}, description="Settings of the metric.")
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer.")
 
@@ -199,7 +224,9 @@ class AuditSpec(Section):
     shifted: list[CheckSpec] = Field([], description="The target under shift: longer, rephrased, recombined.")
     items: int = Field(100, ge=2, description="Most items per check.")
     resamples: int = Field(1000, ge=100, description="Bootstrap draws for the intervals.")
-    drift_tokens: int = Field(2048, ge=0, description="Tokens of the base's own text on which KL is measured; 0 for none.")
+    drift_tokens: int = Field(
+        2048, ge=0, description="Tokens of the base's own text on which KL is measured; 0 for none."
+    )
     samples: int = Field(6, ge=0, description="Answers shown side by side per check.")
     batch_size: int = Field(32, ge=1, description="Prompts generated at once.")
 

@@ -1,0 +1,394 @@
+"""The handle of a model with deltas on it: the only code that puts forms on a model, freezes, folds and detaches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.attach import edits, extras
+from luthier.attach.numbers import CHILD, Live, numbers_of, put
+from luthier.attach.point import Placed, Point
+from luthier.attach.weights import gathered, module_at, oriented, read_weight
+from luthier.delta import FORMS, Context, Form, No, Site, State
+from luthier.delta.artefact import Delta, Piece, supply_attacher
+from luthier.errors import LuthierError
+from luthier.parts.bits import encode
+
+HANDLE = "_luthier"
+
+
+@dataclass
+class FoldReport:
+    """What folding did: parameters written and the largest share of a change that rounding swallowed."""
+
+    written: list[str]
+    lost: float
+    worst: str
+
+
+class Attached:
+    """Deltas on one model. Get it with `attached(model)`; it lives as long as the model does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.ctx, self.enabled = model, Context(), True
+        self.pieces: dict[str, Piece] = {}
+        self.points: dict[str, Point] = {}
+        self.placed: dict[str, list[Placed]] = {}
+        self.edits: dict[str, dict[str, edits.Edit]] = {}
+        self.extras: dict[str, Any] = {}
+        self._flags = {n: q.requires_grad for n, q in model.named_parameters()}
+        self._folded: dict[str, tuple[nn.Module, str, Tensor]] | None = None
+        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        for q in model.parameters():
+            q.requires_grad_(False)
+
+    def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.ctx.training, self.ctx.mask = module.training, kwargs.get("attention_mask")
+        self.ctx.aux.clear()
+
+    # -- putting on
+
+    def build(self, name: str, form: Form, sites: Iterable[Site], seed: int = 0) -> Piece:
+        """A fresh piece: its numbers are drawn per site, from `seed` and the site's name alone, then started."""
+        p, fixed, table = {}, {}, {}
+        for site in sites:
+            if site.kind not in form.kinds:
+                raise LuthierError(
+                    f"form '{FORMS.name_of(type(form))}' cannot go on {site.name} ({site.kind}); it goes on {', '.join(form.kinds)}"
+                )
+            module = module_at(self.model, site.name)
+            g = torch.Generator().manual_seed(_seed(seed, name, site.name))
+            key = f"{site.name}.{site.parameter}" if form.at == "base" else site.name
+            p0, f0 = form.build(site, g)
+            weight = lambda m=module, s=site: read_weight(m, s).float()  # noqa: E731
+            bias = getattr(module, "bias", None)
+            p1, f1 = form.start(State(site, p0, f0, weight, bias if isinstance(bias, Tensor) else None, self.ctx))
+            p[key], fixed[key], table[key] = dict(p1), dict(f1), site
+        if not table:
+            raise LuthierError(f"piece '{name}' has no site: nothing would be trained; state other sites")
+        return Piece(name, form, table, p, fixed)
+
+    def add(self, piece: Piece, *, train: bool = False) -> None:
+        """Attaches a piece: its numbers go to each site's device, its hooks on the modules."""
+        if self._folded is not None:
+            raise LuthierError("this model is folded: unfold it before attaching more")
+        if piece.name in self.pieces:
+            raise LuthierError(f"a piece called '{piece.name}' is already on this model: name the new one otherwise")
+        for site in piece.sites.values():
+            module_at(self.model, site.name)  # all there, or nothing is attached
+        self.pieces[piece.name] = piece
+        self.placed[piece.name] = []
+        if piece.form.at == "base":
+            self._edit(piece)
+            return
+        for key, site in piece.sites.items():
+            module = module_at(self.model, site.name)
+            weight = getattr(module, site.parameter, None)
+            anchor = weight if isinstance(weight, Tensor) else next(self.model.parameters())
+            holder = numbers_of(module).piece(piece.name)
+            put(holder, piece.p[key], piece.fixed[key], anchor.device, train)
+            _check_shapes(piece, key, anchor, weight)
+
+            def read(m: nn.Module = module, s: Site = site) -> Tensor:
+                return oriented(getattr(m, s.parameter).detach(), s)
+
+            bias = getattr(module, "bias", None)
+            state = State(
+                site,
+                Live(holder, True),
+                Live(holder, False),
+                read,
+                bias if isinstance(bias, Tensor) else None,
+                self.ctx,
+            )
+            placed = Placed(piece.name, piece.form, state, piece.scale)
+            self.placed[piece.name].append(placed)
+            if piece.form.at in extras.PLACES:
+                extras.PLACES[piece.form.at](self, placed)
+            else:
+                if site.name not in self.points:
+                    self.points[site.name] = Point(module, self)
+                self.points[site.name].add(placed)
+
+    def _edit(self, piece: Piece) -> None:
+        table = self.edits.setdefault(piece.name, {})
+        others = {key for name, t in self.edits.items() if name != piece.name for key in t}
+        for key, site in piece.sites.items():
+            held = read_weight(module_at(self.model, site.name), site).dtype
+            dtype = getattr(torch, piece.form.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            if torch.promote_types(held, dtype) != dtype:
+                raise LuthierError(
+                    f"piece '{piece.name}' holds exact differences in {piece.form.dtype}, but the base is held in "  # pyright: ignore
+                    f"{str(held)[6:]}: load the base with dtype: {piece.form.dtype}"  # pyright: ignore
+                )
+            edit = edits.begin(self.model, piece.name, key, None, None)
+            base = edit.original
+            if key in others:  # a second delta of the same base adds to the first one's result
+                base = next(t[key].original for n, t in self.edits.items() if n != piece.name and key in t)
+            state = State(site, piece.p[key], piece.fixed[key], lambda b=base: b)
+            tuned = piece.form.edit(base, state)  # pyright: ignore[reportAttributeAccessIssue]
+            with torch.no_grad():
+                if piece.scale != 1 or key in others:
+                    tuned = edit.parameter.float() + piece.scale * (tuned.float() - base.float())
+                edit.parameter.copy_(tuned)
+            table[key] = edit
+
+    # -- base parameters that train
+
+    def move(
+        self, piece: str, selection: Mapping[str, Tensor | None], dtype: torch.dtype | None = torch.float32
+    ) -> list[edits.Edit]:
+        """Lets base parameters train in place: parameter name -> flat entries, or None for the whole.
+
+        A parameter already moved by this piece goes on from where it stands. Gives the edits of the selection.
+        """
+        table = self.edits.setdefault(piece, {})
+        for other, taken in self.edits.items():
+            if other != piece and (both := set(taken) & set(selection)):
+                raise LuthierError(
+                    f"'{piece}' and '{other}' would both move {sorted(both)[0]}: give them different sites"
+                )
+        for name, index in selection.items():
+            if name not in table:
+                table[name] = edits.begin(self.model, piece, name, index, dtype)
+                if table[name].values is not None:
+                    holder = numbers_of(table[name].module).piece(piece)
+                    holder.register_parameter(f"{table[name].name}_values", table[name].values)
+            table[name].train(True)
+        return [table[name] for name in selection]
+
+    def after_step(self) -> None:
+        """To be called after every optimiser step: entries that moved are written into their parameters."""
+        for table in self.edits.values():
+            for edit in table.values():
+                edit.write()
+
+    # -- switching, folding, taking off
+
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        """The base itself, in place: hooks silent, moved parameters at the base's values; afterwards all is as it was."""
+        was, self.enabled = self.enabled, False
+        moved = [e for t in self.edits.values() for e in t.values()] if was else []
+        for edit in reversed(moved):
+            edit.swap()
+        try:
+            yield self.model
+        finally:
+            for edit in moved:
+                edit.swap()
+            self.enabled = was
+
+    @torch.no_grad()
+    def fold(self) -> FoldReport:
+        """Writes every change into the base's weights (in float32, then rounded to their type) and silences the hooks.
+
+        Refused where a form has no weight change, or a bias is needed that the module lacks. `unfold` undoes it exactly.
+        """
+        for piece in self.pieces.values():
+            if isinstance(piece.form.dense, No):
+                raise LuthierError(f"piece '{piece.name}' cannot be folded: {piece.form.dense.reason}")
+        kept: dict[str, tuple[nn.Module, str, Tensor]] = {}
+        sums: dict[str, tuple[nn.Module, str, Tensor]] = {}
+        order = [q for point in self.points.values() for q in [*point.swaps, *point.adds]]
+        order += [q for point in self.points.values() for q in [*point.inputs, *point.chain] if q not in order]
+        for q in order:
+            self._fold_one(q, sums)
+        lost, worst = 0.0, ""
+        for name, (module, part, total) in sums.items():
+            parameter: Tensor = module._parameters[part]  # pyright: ignore[reportAssignmentType]
+            kept[name] = (module, part, parameter.detach().clone())
+            rounded = total.to(parameter.dtype)
+            wanted = (total - parameter.float()).norm()
+            share = float((rounded.float() - total).norm() / wanted) if wanted > 0 else 0.0
+            lost, worst = max((lost, worst), (share, name))
+            parameter.copy_(rounded)
+        self._folded, self.enabled = kept, False
+        return FoldReport(sorted(sums), lost, worst)
+
+    def _fold_one(self, q: Placed, sums: dict[str, tuple[nn.Module, str, Tensor]]) -> None:
+        site = q.state.site
+        module = module_at(self.model, site.name)
+
+        def total(part: str) -> Tensor | None:
+            name = f"{site.name}.{part}"
+            parameter = module._parameters.get(part)
+            return (
+                sums[name][2] if name in sums else None if parameter is None else gathered(parameter.detach()).float()
+            )
+
+        chained = q.form.at != "weight"
+        weight = total(site.parameter)
+        if weight is None:
+            raise LuthierError(f"piece '{q.piece}' cannot be folded at {site.name}: the module has no {site.parameter}")
+        base = weight if chained else module._parameters[site.parameter].detach().float()  # pyright: ignore
+        bias = total("bias") if chained else q.state.bias
+        state = dataclasses.replace(q.state, W=lambda: oriented(base, site), bias=bias)
+        change = q.form.delta(state)
+        if isinstance(change, No):
+            raise LuthierError(f"piece '{q.piece}' cannot be folded at {site.name}: {change.reason}")
+        for part, value in change.items():
+            name = site.parameter if part == "weight" else part
+            now = total(name)
+            if now is None:
+                if float(value.abs().max()) == 0:
+                    continue
+                raise LuthierError(
+                    f"piece '{q.piece}' needs a bias at {site.name}, which this base lacks: keep it as a delta, "
+                    "or use a base whose config has the bias (attention_bias, mlp_bias)"
+                )
+            value = (oriented(value, site) if part == "weight" else value) * q.scale
+            sums[f"{site.name}.{name}"] = (module, name, now + value)
+
+    def unfold(self) -> None:
+        """Puts back what `fold` replaced, bit for bit, and switches the hooks on again."""
+        for module, part, value in (self._folded or {}).values():
+            with torch.no_grad():
+                module._parameters[part].copy_(value)  # pyright: ignore[reportOptionalMemberAccess]
+        self._folded, self.enabled = None, True
+
+    def detach(self, piece: str | None = None) -> None:
+        """Takes one piece off, or all: the base is then bit for bit what it was, its names and flags too."""
+        if self._folded is not None:
+            self.unfold()
+        for name in [piece] if piece else list({**self.pieces, **self.edits}):
+            if name not in self.pieces and name not in self.edits:
+                raise LuthierError(f"no piece called '{name}' is on this model; there are: {', '.join(self.pieces)}")
+            for edit in reversed(self.edits.pop(name, {}).values()):
+                edit.restore()
+            for point in self.points.values():
+                point.drop(name)
+            extras.remove(self, name)
+            self.pieces.pop(name, None)
+            for placed in self.placed.pop(name, []):
+                module = module_at(self.model, placed.state.site.name)
+                numbers_of(module)._modules.pop(name.replace(".", "_"), None)
+        if not self.pieces and not self.edits:
+            for point in self.points.values():
+                point.remove()
+            for module in self.model.modules():
+                module._modules.pop(CHILD, None)
+            self._hook.remove()
+            for n, q in self.model.named_parameters():
+                q.requires_grad_(self._flags[n])
+            self.model.__dict__.pop(HANDLE, None)
+
+    # -- reading
+
+    def trained(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Piece -> (name, parameter) of all that collects gradients now."""
+        out: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, placed in self.placed.items():
+            for q in placed:
+                rows = [(f"{name}/{q.state.site.name}/{k}", v) for k, v in q.state.p.items() if v.requires_grad]
+                out.setdefault(name, []).extend(rows)  # pyright: ignore[reportArgumentType]
+        for name, table in self.edits.items():
+            rows = [(f"{name}/{key}", e.trained) for key, e in table.items() if e.trained.requires_grad]
+            out.setdefault(name, []).extend(rows)
+        return {name: rows for name, rows in out.items() if rows}
+
+    def penalty(self) -> Tensor | float:
+        """Sum of all forms' own regularisers and of the auxiliary losses noted in this forward pass."""
+        own = [
+            q.form.penalty(q.state) for t in self.placed.values() for q in t if type(q.form).penalty is not Form.penalty
+        ]
+        return sum([*own, *self.ctx.aux], 0.0)
+
+    @torch.no_grad()
+    def delta(self, sites: Mapping[str, Site] | None = None) -> Delta:
+        """A copy of everything attached, on the CPU; `sites` describes moved parameters by name."""
+        pieces = []
+        for name, piece in self.pieces.items():
+            if name in self.edits:
+                pieces.append(piece)
+                continue
+            p, fixed = {}, {}
+            for key, q in zip(piece.sites, self.placed[name], strict=True):
+                p[key] = {k: gathered(v.detach()).cpu().clone() for k, v in q.state.p.items()}
+                fixed[key] = {k: gathered(v.detach()).cpu().clone() for k, v in q.state.fixed.items()}
+            pieces.append(dataclasses.replace(piece, p=p, fixed=fixed))
+        for name, table in self.edits.items():
+            if name not in self.pieces:
+                pieces += _moved(name, table, sites or {})
+        return Delta(pieces)
+
+
+def _moved(name: str, table: Mapping[str, edits.Edit], sites: Mapping[str, Site]) -> list[Piece]:
+    """What a choice moved, as exact pieces: whole parameters, and entries under '<name>-entries' if there are both."""
+    out: dict[str, Piece] = {}
+    for key, edit in table.items():
+        tuned, base = gathered(edit.parameter.detach()).cpu(), edit.original.cpu()
+        dtype, kind = str(tuned.dtype)[6:], "dense" if edit.index is None else "entries"
+        where = f"{kind}-{dtype}"
+        if where not in out:
+            out[where] = Piece(name if not out else f"{name}-{where}", FORMS.make(kind, {"dtype": dtype}), {}, {}, {})
+        piece = out[where]
+        site = sites[key]
+        if edit.index is None:
+            piece.p[key], piece.fixed[key] = {"bits": encode(tuned, base)}, {}
+        else:
+            index = edit.index.cpu()
+            site = dataclasses.replace(site, entries=len(index))
+            piece.p[key] = {"bits": encode(tuned.flatten()[index], base.flatten()[index])}
+            piece.fixed[key] = {"index": index}
+        piece.sites[key] = site
+    return list(out.values())
+
+
+def _check_shapes(piece: Piece, key: str, anchor: Tensor, weight: Any) -> None:
+    site = piece.sites[key]
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        d_out, d_in = oriented(weight, site).shape if not hasattr(weight, "full_tensor") else (site.d_out, site.d_in)
+        if (d_out, d_in) != (site.d_out, site.d_in):
+            raise LuthierError(
+                f"piece '{piece.name}' was made for {site.name} of {site.d_out}×{site.d_in}, this model's is {d_out}×{d_in}: another base"
+            )
+
+
+def _seed(seed: int, *names: str) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256("/".join([str(seed), *names]).encode()).digest()[:7], "big")
+
+
+def attached(model: nn.Module) -> Attached:
+    """The handle of a model, made at first use; making it freezes the base."""
+    if HANDLE not in model.__dict__:
+        model.__dict__[HANDLE] = Attached(model)
+    return model.__dict__[HANDLE]
+
+
+def apply(model: nn.Module, delta: Delta, *, strict: bool = True, fingerprint: str | None = None) -> Attached:
+    """Attaches every piece of a delta. With `strict`, a stated fingerprint that differs from the delta's is an error."""
+    stated = delta.base.get("fingerprint")
+    if strict and fingerprint and stated and fingerprint != stated:
+        raise LuthierError(
+            f"the delta was made on base {stated}, this base is {fingerprint}: load the right base or port the delta"
+        )
+    handle = attached(model)
+    done = []
+    try:
+        for piece in delta.pieces:
+            done.append(piece.name)
+            handle.add(piece)
+    except LuthierError:
+        for name in done:
+            if name in handle.pieces:
+                handle.detach(name)
+        raise
+    return handle
+
+
+def _detach(model: nn.Module, delta: Delta) -> None:
+    handle = attached(model)
+    for piece in delta.pieces:
+        handle.detach(piece.name)
+
+
+supply_attacher(apply=apply, detach=_detach)

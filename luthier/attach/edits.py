@@ -1,0 +1,100 @@
+"""Base parameters that move in place: whole, or single entries. The originals are kept, and come back bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.attach.weights import gathered, module_at
+from luthier.errors import LuthierError
+
+
+@dataclass
+class Edit:
+    """One parameter of the base that a piece moves.
+
+    Whole (`index` None): the parameter itself trains. Entries: `values` [k] train; after every step they are written
+    into the parameter, and each backward pass gathers their gradient and frees the rest, so that gradients,
+    optimiser moments and checkpoints exist for k numbers only.
+    """
+
+    module: nn.Module
+    name: str
+    piece: str
+    original: Tensor
+    index: Tensor | None = None
+    values: nn.Parameter | None = None
+    hook: Any = field(default=None, repr=False)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The live parameter (a wrapper may have replaced the object)."""
+        return self.module._parameters[self.name]  # pyright: ignore[reportReturnType]
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What an optimiser is given."""
+        return self.parameter if self.values is None else self.values
+
+    def train(self, on: bool) -> None:
+        """Starts or stops collecting gradients; stopping keeps the values reached."""
+        self.parameter.requires_grad_(on)
+        if self.values is None:
+            if not on:
+                self.parameter.grad = None
+            return
+        self.values.requires_grad_(on)
+        if on and self.hook is None:
+            self.hook = self.parameter.register_post_accumulate_grad_hook(self._gather)
+        elif not on and self.hook is not None:
+            self.hook.remove()
+            self.hook, self.values.grad = None, None
+
+    def _gather(self, parameter: Tensor) -> None:
+        assert self.values is not None and self.index is not None and parameter.grad is not None
+        grad = parameter.grad.flatten()[self.index].to(self.values.dtype)
+        self.values.grad = grad if self.values.grad is None else self.values.grad + grad
+        parameter.grad = None
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Entries: puts the values into the parameter, after an optimiser step."""
+        if self.values is not None and self.index is not None:
+            self.parameter.view(-1)[self.index] = self.values.to(self.parameter.dtype)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the parameter's values with the kept ones: base in, tuned kept, and the other way round."""
+        live = self.parameter.detach()
+        kept = self.original.to(live.device)
+        self.original = live.clone().to(self.original.device)
+        live.copy_(kept)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the base's values back for good."""
+        self.train(False)
+        self.parameter.copy_(self.original.to(self.parameter.device))
+
+
+def begin(model: nn.Module, piece: str, full_name: str, index: Tensor | None, train_in: torch.dtype | None) -> Edit:
+    """Starts moving the parameter called `full_name`; `index` are flat positions of its entries.
+
+    With `train_in` the parameter is held in that type while it moves (float32 masters of a bfloat16 base).
+    """
+    path, _, name = full_name.rpartition(".")
+    module = module_at(model, path)
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise LuthierError(f"the model has no parameter '{full_name}' to move")
+    if train_in is not None and parameter.dtype != train_in:
+        parameter.data = parameter.data.to(train_in)
+    original = gathered(parameter.detach()).clone()
+    edit = Edit(module, name, piece, original, index)
+    if index is not None:
+        edit.index = index.to(parameter.device)
+        edit.values = nn.Parameter(original.view(-1)[edit.index].clone())
+    return edit

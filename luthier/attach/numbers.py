@@ -1,0 +1,64 @@
+"""Where a form's numbers live on the model: beside the base's parameters, under names that a checkpoint never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHILD = "luthier"
+"""Name of the child module that holds a site's numbers."""
+
+
+class Numbers(nn.Module):
+    """All pieces' numbers at one module. Wrappers (DDP, FSDP) find the parameters here; state dicts leave them out."""
+
+    def piece(self, name: str) -> nn.Module:
+        """The holder of one piece, made at first use."""
+        key = name.replace(".", "_")
+        if key not in self._modules:
+            self.add_module(key, Numbers())
+        return self._modules[key]  # pyright: ignore[reportReturnType]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def numbers_of(module: nn.Module) -> Numbers:
+    """The module's holder, made at first use."""
+    if CHILD not in module._modules:
+        module.add_module(CHILD, Numbers())
+    return module._modules[CHILD]  # pyright: ignore[reportReturnType]
+
+
+class Live(Mapping[str, Tensor]):
+    """The numbers as they are now: a wrapper may have replaced the parameter objects since they were attached."""
+
+    def __init__(self, holder: nn.Module, trained: bool) -> None:
+        self.holder = holder
+        self.table = "_parameters" if trained else "_buffers"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return getattr(self.holder, self.table)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(getattr(self.holder, self.table))
+
+    def __len__(self) -> int:
+        return len(getattr(self.holder, self.table))
+
+
+def put(
+    holder: nn.Module, p: Mapping[str, Tensor], fixed: Mapping[str, Tensor], device: torch.device, train: bool
+) -> None:
+    """Registers trained numbers (float32) and constants on the device."""
+    for name, value in p.items():
+        value = value.detach().to(device, copy=True)
+        holder.register_parameter(name, nn.Parameter(value, requires_grad=train and value.is_floating_point()))
+    for name, value in fixed.items():
+        holder.register_buffer(name, value.detach().to(device, copy=True), persistent=False)

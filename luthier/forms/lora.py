@@ -1,0 +1,85 @@
+"""LoRA: a low-rank change of a weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from luthier.delta import FORMS, Form, Site, State
+from luthier.parts.lowrank import add_lowrank
+
+
+@FORMS.add("lora")
+@dataclass(frozen=True)
+class LoRA(Form):
+    """ΔW = s · B A with A [r, in] Gaussian-uniform and B [out, r] zero at the start; the weight itself is frozen.
+
+    s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling. On an embedding A's columns are looked up; fused
+    experts get one pair each. Differs from the paper: A is drawn Kaiming-uniform, as the authors' code does.
+    Source: Hu et al. 2021 (P110); rsLoRA: Kalajdzievski 2023.
+    """
+
+    rank: int = 16
+    """r: how many directions the change may use."""
+    alpha: float | None = None
+    """Numerator of the scale; default 2 r."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    dropout: float = 0.0
+    """Share of x's entries zeroed on the low-rank path, in training."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Other ranks by role or name pattern, first match: {"attn.q": 4, "*.0.*": 32}."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Other alphas, likewise."""
+
+    paper: ClassVar[str] = "P110"
+    reads_output: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding", "fused-experts")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or any(r < 1 for r in self.ranks.values()):
+            raise ValueError(f"rank must be at least 1, got {min([self.rank, *self.ranks.values()])}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    def at_site(self, site: Site) -> tuple[int, float]:
+        """Rank and scale s there."""
+
+        def own(table: dict, default):  # first pattern that is the site's role, a prefix of it, or matches its name
+            return next(
+                (v for k, v in table.items() if f"{site.role}.".startswith(f"{k}.") or fnmatch(site.name, k)), default
+            )
+
+        r = own(self.ranks, self.rank)
+        alpha = own(self.alphas, 2 * r if self.alpha is None else self.alpha)
+        return r, alpha / (math.sqrt(r) if self.scaling == "rslora" else r)
+
+    def build(self, site: Site, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        r, stack = self.at_site(site)[0], (site.experts,) if site.experts else ()
+        bound = 1 / math.sqrt(site.d_in)
+        a = torch.empty(*stack, r, site.d_in).uniform_(-bound, bound, generator=g)
+        return {"A": a, "B": torch.zeros(*stack, site.d_out, r)}, {}
+
+    def change(self, x: Tensor, y: Tensor, s: State) -> Tensor:
+        a, b, scale = s.p["A"], s.p["B"], self.at_site(s.site)[1]
+        if s.site.kind == "embedding":
+            return F.embedding(x, a.t()).to(y.dtype) @ b.t().to(y.dtype) * scale
+        x = F.dropout(x, self.dropout, s.ctx.training) if self.dropout else x
+        return (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t() * scale
+
+    def onto(self, total: Tensor, x: Tensor, y: Tensor, scale: float, s: State) -> Tensor:
+        if s.site.kind == "embedding":
+            return super().onto(total, x, y, scale, s)
+        x = F.dropout(x, self.dropout, s.ctx.training) if self.dropout else x
+        return add_lowrank(total, x, s.p["A"], s.p["B"], scale * self.at_site(s.site)[1])
+
+    def delta(self, s: State) -> dict[str, Tensor]:
+        return {"weight": s.p["B"] @ s.p["A"] * self.at_site(s.site)[1]}
+
+    def count(self, site: Site) -> int:
+        return self.at_site(site)[0] * (site.d_in + site.d_out) * (site.experts or 1)

@@ -1,0 +1,49 @@
+"""Low-rank products, never forming B·A."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _AddLowRank(torch.autograd.Function):
+    """total + scale · x Aᵀ Bᵀ in one pass over `total`, in place: the sum is the only large thing written.
+
+    Saved for the backward pass are x (which the base's own product keeps anyway) and x Aᵀ [n, r].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        a16, b16 = a.to(x.dtype), b.to(x.dtype)
+        h = x2 @ a16.t()
+        total.view(-1, total.shape[-1]).addmm_(h, b16.t(), alpha=scale)
+        ctx.save_for_backward(x, h, a, b)
+        ctx.scale = scale
+        ctx.mark_dirty(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, h, a, b = ctx.saved_tensors
+        g2 = grad.reshape(-1, grad.shape[-1])
+        gb = (g2 @ b.to(g2.dtype)).mul_(ctx.scale)
+        grad_b = (g2.t() @ h).mul_(ctx.scale).to(b.dtype) if ctx.needs_input_grad[3] else None
+        grad_a = (gb.t() @ x.reshape(-1, x.shape[-1])).to(a.dtype) if ctx.needs_input_grad[2] else None
+        grad_x = (gb @ a.to(gb.dtype)).view_as(x) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, grad_a, grad_b, None
+
+
+def add_lowrank(total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """total [..., out] + scale · x [..., in] Aᵀ [in, r] Bᵀ [r, out]. `total` may be overwritten; use the result.
+
+    A and B are cast to x's type. Works where `total` is a leaf, a view or needed elsewhere only out of place: then,
+    and without gradients, the plain product is taken.
+    """
+    safe = total.is_contiguous() and not total.is_leaf and not total._is_view() and total.dtype == x.dtype
+    if torch.is_grad_enabled() and safe:
+        return _AddLowRank.apply(total, x, a, b, scale)  # pyright: ignore[reportReturnType]
+    return torch.add(total, (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t(), alpha=scale)
