@@ -51,16 +51,17 @@ def duration(seconds: float) -> str:
 
 
 def by_key(key: str, value: Any) -> str:
-    """A value as its key's last word suggests: …bytes, …seconds, …share; lists are joined, None is a dash."""
+    """A value as its key's words suggest: bytes, …seconds, …share; lists are joined, None is a dash."""
     if value is None:
         return "–"
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)):
-        last = key.replace(" ", "_").rsplit("_", 1)[-1]
+        parts = key.replace(" ", "_").split("_")
+        last = parts[-1]
         if isinstance(value, bool) or not math.isfinite(value):
             return quantity(value)
-        if last in ("bytes", "memory"):
+        if "bytes" in parts:
             return size(value)
         if last == "seconds":
             return duration(value)
@@ -73,8 +74,10 @@ def by_key(key: str, value: Any) -> str:
 
 
 def label(key: str) -> str:
-    """A key as words."""
-    return key.replace("_", " ")
+    """A key as words, without the unit that its value will show."""
+    told = key.replace("_", " ")
+    told = told[: -len("seconds")] + "time" if told.endswith("seconds") else told
+    return told.removesuffix(" bytes").removeprefix("bytes ")
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,0 +1,125 @@
+"""The audit: the base and the tuned model on the same items, and what the difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import LuthierError
+from luthier.measuring import forward, words
+from luthier.measuring.checks import CheckResult, compare
+from luthier.measuring.cost import Watch
+from luthier.measuring.drift import Drift, drift, own_text, starts
+from luthier.measuring.items import Item, Response, Switch
+from luthier.measuring.remembered import cache_folder, remembered
+from luthier.measuring.sources import Prepared, prepare_checks
+from luthier.plan.schema import AuditSpec, DataSpec
+
+_DRIFT_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found; `seconds` is what the measuring itself took, `verdict` the finding in plain words."""
+
+    target: list[CheckResult] = field(default_factory=list)
+    guards: list[CheckResult] = field(default_factory=list)
+    shifted: list[CheckResult] = field(default_factory=list)
+    drift: Drift | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For report.json; see docs/report.md."""
+        groups = {k: [c.to_dict() for c in getattr(self, k)] for k in ("target", "guards", "shifted")}
+        table = {**groups, "drift": self.drift.to_dict() if self.drift else None, "seconds": self.seconds}
+        return table | {"verdict": words.verdict(table)}
+
+
+def audit(
+    base: Any,
+    switch: Switch,
+    spec: AuditSpec,
+    *,
+    data: DataSpec | None = None,
+    seed: int = 0,
+    cache: Path | None | bool = True,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Audit:
+    """Measure a base with its deltas off and on.
+
+    `base` has `.model`, `.tokenizer`, `.kind` and `.fingerprint`; `switch.off()` hides the deltas. `data` is the run's
+    data section: prompts are rendered as they were for training. The base's responses are kept in `cache` (default:
+    $LUTHIER_CACHE, where that is set; False for never). `progress` is told what is being done.
+    """
+    if not spec.enabled:
+        return Audit()
+    watch = Watch()
+    checks = prepare_checks(base, spec, data, seed)
+    folder = cache_folder() if cache is True else cache or None
+    before: list[tuple[list[Response], bool, float]] = []
+    with switch.off():
+        for check in checks:
+            progress(f"{check.name}: base")
+            before.append(_base_side(base, check, spec, folder))
+    results: dict[str, list[CheckResult]] = {"target": [], "guard": [], "shifted": []}
+    for check, (was, cached, spent) in zip(checks, before, strict=True):
+        progress(f"{check.name}: tuned")
+        with Watch() as w:
+            now = respond(base, check, spec.batch_size)
+            found = compare(
+                check.name, check.kind, check.metric, check.items, was, now,
+                resamples=spec.resamples, samples=spec.samples, seed=seed,
+            )  # fmt: skip
+        results[check.kind].append(replace(found, seconds=w.seconds + spent, cached=cached))
+    moved = None
+    if spec.drift_tokens:
+        progress("drift")
+        moved = _drift(base, switch, spec, checks, seed)
+    return Audit(results["target"], results["guard"], results["shifted"], moved, watch.read())
+
+
+def respond(base: Any, check: Prepared, batch_size: int) -> list[Response]:
+    """The model as it is now, on the items of a check."""
+    if check.metric.needs == "answer":
+        return forward.answers(base.model, base.tokenizer, check.items, check.max_new_tokens, batch_size)
+    if check.metric.needs == "label":
+        return forward.classes(base.model, check.items, batch_size)
+    return forward.losses(base.model, base.kind, check.items, batch_size)
+
+
+def _base_side(base: Any, check: Prepared, spec: AuditSpec, folder: Path | None) -> tuple[list[Response], bool, float]:
+    asked = {
+        "needs": check.metric.needs, "kind": base.kind, "dtype": str(getattr(base.model, "dtype", "")),
+        "device": base.model.device.type, "max_new_tokens": check.max_new_tokens, "batch_size": spec.batch_size,
+    }  # fmt: skip
+    with Watch() as watch:
+        made, cached = remembered(
+            folder, str(base.fingerprint or ""), asked, check.items, lambda: respond(base, check, spec.batch_size)
+        )
+    return made, cached, watch.seconds
+
+
+def _drift(base: Any, switch: Switch, spec: AuditSpec, checks: Sequence[Prepared], seed: int) -> Drift | None:
+    guards = [c for c in checks if c.kind == "guard"]
+    prompts = _spread([i.source for c in guards for i in c.items if i.source])
+    options: dict[str, Any] = {"kind": base.kind, "batch_size": spec.batch_size}
+    if base.kind == "classify":
+        rows = [Item(str(n), "", source=p) for n, p in enumerate(prompts or _spread([i.source for c in checks for i in c.items]))]
+        return drift(base.model, switch, rows, source="classes", resamples=spec.resamples, seed=seed, **options) if rows else None
+    if base.kind == "seq2seq" and not prompts:
+        prompts = _spread([i.source for c in checks for i in c.items if i.source])
+    begin = starts(base.tokenizer, prompts)
+    if not begin:
+        raise LuthierError("drift has nothing to start from: name a guard, or set audit.drift_tokens: 0")
+    items = own_text(base.model, base.tokenizer, switch, begin, spec.drift_tokens, seed=seed, **options)
+    told = "the base's own answers to the guards' prompts" if prompts else "the base's own text from nothing"
+    return drift(base.model, switch, items, source=told, resamples=spec.resamples, seed=seed, **options)
+
+
+def _spread(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """At most 64, evenly over all, so that every guard has its share."""
+    if len(prompts) <= _DRIFT_PROMPTS:
+        return list(prompts)
+    return [prompts[i * len(prompts) // _DRIFT_PROMPTS] for i in range(_DRIFT_PROMPTS)]
