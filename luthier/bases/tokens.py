@@ -1,0 +1,95 @@
+"""The tokenizer of a base: loading, a pad token that is not the end token, and new tokens with their rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier.errors import LuthierError
+
+PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>", "<|endoftext|>")
+"""Names under which vocabularies carry a pad token, in order of trust."""
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, padding on the right. LuthierError where there is none or it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code, padding_side="right"
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LuthierError(f"{folder}: no usable tokenizer ({reason[:160]}); name one in base.tokenizer") from error
+    if not len(tokenizer):
+        raise LuthierError(f"{folder}: holds no tokenizer; name one in base.tokenizer")
+    return tokenizer
+
+
+def choose_pad(tokenizer: Any, rows: int) -> str | None:
+    """Give the tokenizer a pad token where it has none, other than the end token where there is any other.
+
+    In this order: a pad token under another name, the unknown token, a new token where the embedding table (of `rows`
+    rows) has room, the start token; last the end token, which is harmless only because masks and labels here go by
+    position and never by id. Returns a line for the report, or None where there was nothing to choose.
+    """
+    if tokenizer.pad_token_id is not None:
+        same = tokenizer.pad_token_id == tokenizer.eos_token_id
+        return (
+            "pad token is the end token; padding is masked by position, so the end token is trained" if same else None
+        )
+    vocabulary, end = tokenizer.get_vocab(), tokenizer.eos_token
+    named = next((name for name in PADS if name in vocabulary and name != end), None)
+    unknown = tokenizer.unk_token if tokenizer.unk_token != end else None
+    if named or unknown:
+        tokenizer.pad_token = named or unknown
+        return f"no pad token: {tokenizer.pad_token} is used"
+    if len(tokenizer) < rows:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        return f"no pad token: <pad> is added as id {tokenizer.pad_token_id}, a row the base has and does not use"
+    if tokenizer.bos_token is not None and tokenizer.bos_token != end:
+        tokenizer.pad_token = tokenizer.bos_token
+        return f"no pad token: the start token {tokenizer.bos_token} is used"
+    if end is None:
+        raise LuthierError("the tokenizer has no pad, unknown, start or end token; name another in base.tokenizer")
+    tokenizer.pad_token = end
+    return (
+        f"no pad token and no room for one: {end} is used; padding is masked by position, so the end token is trained"
+    )
+
+
+def add_tokens(tokenizer: Any, model: nn.Module, tokens: list[str], seed: int = 0) -> list[int]:
+    """Add tokens to tokenizer and model; returns their ids, which are their rows in embeddings and head.
+
+    A new row is the mean of the old rows plus seeded noise of a hundredth of their spread, so that the rows differ.
+    Raises LuthierError for a token that is already there or stated twice.
+    """
+    from tokenizers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    for number, token in enumerate(tokens):
+        if token in vocabulary or token in tokens[:number] or not token:
+            raise LuthierError(f"base.new_tokens: '{token}' is already a token, or empty; leave it out")
+    before = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in tokens])
+    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(tokens)]
+    if max(ids) >= model.get_input_embeddings().weight.shape[0]:  # pyright: ignore
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)  # pyright: ignore
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]  # pyright: ignore
+    weights = {id(t.weight): t.weight for t in tables if t is not None}
+    for weight in weights.values():
+        _start_rows(weight, ids, before, seed)
+    return ids
+
+
+@torch.no_grad()
+def _start_rows(weight: torch.Tensor, ids: list[int], before: int, seed: int) -> None:
+    if weight.is_meta:
+        return
+    old = weight[: min(before, min(ids))].float()
+    noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(seed)).to(weight.device)
+    weight[ids] = (old.mean(0) + 0.01 * old.std(0) * noise).to(weight.dtype)
