@@ -64,7 +64,8 @@ class Attached:
                 )
             module = module_at(self.model, site.name)
             g = torch.Generator().manual_seed(_seed(seed, name, site.name))
-            key = f"{site.name}.{site.parameter}" if form.at == "base" else site.name
+            own = form.at == "base" or site.kind == "fused-experts"  # several such sites share one module
+            key = f"{site.name}.{site.parameter}" if own else site.name
             p0, f0 = form.build(site, g)
             weight = lambda m=module, s=site: read_weight(m, s).float()  # noqa: E731
             bias = getattr(module, "bias", None)
@@ -91,7 +92,7 @@ class Attached:
             module = module_at(self.model, site.name)
             weight = getattr(module, site.parameter, None)
             anchor = weight if isinstance(weight, Tensor) else next(self.model.parameters())
-            holder = numbers_of(module).piece(piece.name)
+            holder = numbers_of(module).piece(_holder(piece.name, site))
             put(holder, piece.p[key], piece.fixed[key], anchor.device, train)
             _check_shapes(piece, key, anchor, weight)
 
@@ -157,9 +158,11 @@ class Attached:
         for name, index in selection.items():
             if name not in table:
                 table[name] = edits.begin(self.model, piece, name, index, dtype)
-                if table[name].values is not None:
-                    holder = numbers_of(table[name].module).piece(piece)
-                    holder.register_parameter(f"{table[name].name}_values", table[name].values)
+            elif index is not None:
+                table[name].reindex(index)
+            if table[name].values is not None:
+                holder = numbers_of(table[name].module).piece(piece)
+                holder._parameters[f"{table[name].name}_values"] = table[name].values
             table[name].train(True)
         return [table[name] for name in selection]
 
@@ -197,7 +200,8 @@ class Attached:
         kept: dict[str, tuple[nn.Module, str, Tensor]] = {}
         sums: dict[str, tuple[nn.Module, str, Tensor]] = {}
         order = [q for point in self.points.values() for q in [*point.swaps, *point.adds]]
-        order += [q for point in self.points.values() for q in [*point.inputs, *point.chain] if q not in order]
+        late = [q for point in self.points.values() for q in [*point.chain, *point.inputs]]
+        order += [q for k, q in enumerate(late) if not any(q is other for other in [*order, *late[:k]])]
         for q in order:
             self._fold_one(q, sums)
         lost, worst = 0.0, ""
@@ -268,7 +272,7 @@ class Attached:
             self.pieces.pop(name, None)
             for placed in self.placed.pop(name, []):
                 module = module_at(self.model, placed.state.site.name)
-                numbers_of(module)._modules.pop(name.replace(".", "_"), None)
+                numbers_of(module)._modules.pop(_holder(name, placed.state.site).replace(".", "_"), None)
         if not self.pieces and not self.edits:
             for point in self.points.values():
                 point.remove()
@@ -333,7 +337,7 @@ def _moved(name: str, table: Mapping[str, edits.Edit], sites: Mapping[str, Site]
         if edit.index is None:
             piece.p[key], piece.fixed[key] = {"bits": encode(tuned, base)}, {}
         else:
-            index = edit.index.cpu()
+            index = torch.nonzero((tuned != base).flatten()).flatten() if edit.redrawn else edit.index.cpu()
             site = dataclasses.replace(site, entries=len(index))
             piece.p[key] = {"bits": encode(tuned.flatten()[index], base.flatten()[index])}
             piece.fixed[key] = {"index": index}
@@ -349,6 +353,10 @@ def _check_shapes(piece: Piece, key: str, anchor: Tensor, weight: Any) -> None:
             raise LuthierError(
                 f"piece '{piece.name}' was made for {site.name} of {site.d_out}×{site.d_in}, this model's is {d_out}×{d_in}: another base"
             )
+
+
+def _holder(piece: str, site: Site) -> str:
+    return f"{piece}-{site.parameter}" if site.kind == "fused-experts" else piece
 
 
 def _seed(seed: int, *names: str) -> int:

@@ -27,6 +27,8 @@ class Edit:
     original: Tensor
     index: Tensor | None = None
     values: nn.Parameter | None = None
+    redrawn: bool = False
+    """Entries that moved were exchanged for others on the way: what moved is then read off the values."""
     hook: Any = field(default=None, repr=False)
 
     @property
@@ -52,6 +54,17 @@ class Edit:
         elif not on and self.hook is not None:
             self.hook.remove()
             self.hook, self.values.grad = None, None
+
+    @torch.no_grad()
+    def reindex(self, index: Tensor) -> None:
+        """Entries: others train from now on; those that moved so far keep their values."""
+        if (
+            self.values is not None
+            and self.index is not None
+            and not torch.equal(index.to(self.index.device), self.index)
+        ):
+            self.index, self.redrawn = index.to(self.index.device), True
+            self.values = nn.Parameter(self.parameter.detach().view(-1)[self.index].clone())
 
     def _gather(self, parameter: Tensor) -> None:
         assert self.values is not None and self.index is not None and parameter.grad is not None

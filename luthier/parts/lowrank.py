@@ -47,3 +47,20 @@ def add_lowrank(total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) ->
     if torch.is_grad_enabled() and safe:
         return _AddLowRank.apply(total, x, a, b, scale)  # pyright: ignore[reportReturnType]
     return torch.add(total, (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t(), alpha=scale)
+
+
+def row_norms(w: Tensor, w2: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖w_i + scale · b_i a‖ for every row i, [out] in float32, without forming B A.
+
+    w [out, in], w2 [out] its squared row norms, a [r, in], b [out, r]. Rows where the two terms nearly cancel (the sum
+    below a hundredth of the terms) lose their digits in the Gram sum and are taken directly.
+    """
+    a, b = a.float(), b.float()
+    cross = torch.cat([part.float() @ a.t() for part in w.split(4096)])
+    own = ((b @ (a @ a.t())) * b).sum(1) * scale**2
+    squared = w2 + 2 * scale * (cross * b).sum(1) + own
+    near = (squared < 0.01 * (w2 + own)).nonzero()[:, 0]
+    if len(near):
+        direct = (w[near].float() + scale * (b[near] @ a)).square().sum(1)
+        squared = squared.index_copy(0, near, direct)
+    return squared.clamp_min(0).sqrt()

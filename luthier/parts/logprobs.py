@@ -1,0 +1,59 @@
+"""Log-probabilities of given tokens, in float32 whatever the logits' type, without a second tensor of the logits' size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 256
+"""Rows of logits turned to float32 at a time."""
+FRESH = {
+    "MmBackward0",
+    "UnsafeViewBackward0",
+    "AddmmBackward0",
+    "ViewBackward0",
+    "LinearBackward0",
+    "ReshapeAliasBackward0",
+}
+"""Operations that do not need their own result in the backward pass, so that it may be overwritten there."""
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(logits)[targets]; the gradient (onehot − softmax) is written over the logits where that is safe."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, reuse: bool) -> Tensor:
+        norm = torch.empty(len(logits), device=logits.device)
+        for i in range(0, len(logits), ROWS):
+            norm[i : i + ROWS] = torch.logsumexp(logits[i : i + ROWS].float(), -1)
+        chosen = logits.gather(1, targets[:, None]).squeeze(1).float()
+        # The detached alias carries no version counter of the graph: only `reuse` says whether writing is safe.
+        ctx.save_for_backward(targets, norm)
+        ctx.logits, ctx.reuse = logits.detach(), reuse
+        return chosen - norm
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        targets, norm = ctx.saved_tensors
+        logits = ctx.logits
+        out = logits if ctx.reuse else torch.empty_like(logits)
+        for i in range(0, len(logits), ROWS):
+            part = logits[i : i + ROWS].float()
+            part.sub_(norm[i : i + ROWS, None]).exp_().mul_(-grad[i : i + ROWS, None])
+            part.scatter_add_(1, targets[i : i + ROWS, None], grad[i : i + ROWS, None])
+            out[i : i + ROWS] = part
+        ctx.logits = None
+        return out, None, None
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, keep: bool = False) -> Tensor:
+    """log p(target) of each row: logits [N, V], targets [N] -> [N] float32.
+
+    Where the logits come straight from a matrix product, the backward pass reuses their memory; `keep` forbids it
+    (the caller reads the logits after backward, or calls backward twice).
+    """
+    reuse = not keep and logits.grad_fn is not None and type(logits.grad_fn).__name__ in FRESH
+    return _TokenLogProbs.apply(logits, targets, reuse)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,161 @@
+"""Checkpoints: everything a run needs to go on bit for bit, written whole or not at all. No pickle."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier.attach import Attached
+from luthier.attach.weights import gathered
+from luthier.errors import LuthierError
+from luthier.training.groups import Optimiser
+
+NAME = re.compile(r"step-(\d{8})$")
+
+
+def tensors_of(handle: Attached, optimiser: Optimiser) -> dict[str, Tensor]:
+    """Trained and constant numbers, moved parameters and moments, gathered on the CPU. Every process must call it."""
+    out: dict[str, Tensor] = {}
+    for piece, placed in handle.placed.items():
+        for q in placed:
+            for group, table in (("p", q.state.p), ("fixed", q.state.fixed)):
+                for name, value in table.items():
+                    out[f"{group}|{piece}|{q.state.site.name}|{name}"] = value
+    for piece, table in handle.edits.items():
+        for key, edit in table.items():
+            if edit.index is not None and edit.values is not None:
+                out[f"index|{piece}|{key}"], out[f"values|{piece}|{key}"] = edit.index, edit.values
+            if edit.values is None or edit.redrawn:
+                out[f"moved|{piece}|{key}"] = edit.parameter
+    out |= {f"optimiser|{k}": v for k, v in optimiser.state().items()}
+    return {k: gathered(v.detach()).cpu().clone() for k, v in out.items()}
+
+
+@torch.no_grad()
+def put_back(handle: Attached, tensors: Mapping[str, Tensor]) -> None:
+    """Writes saved numbers and moved parameters into the model; every one must have its place."""
+    places: dict[str, Tensor] = {}
+    for piece, placed in handle.placed.items():
+        for q in placed:
+            for group, table in (("p", q.state.p), ("fixed", q.state.fixed)):
+                places |= {f"{group}|{piece}|{q.state.site.name}|{name}": v for name, v in table.items()}
+    for piece, table in handle.edits.items():
+        for key, edit in table.items():
+            if edit.values is not None:
+                places[f"values|{piece}|{key}"] = edit.values
+            if edit.values is None or f"moved|{piece}|{key}" in tensors:
+                edit.redrawn = edit.values is not None
+                places[f"moved|{piece}|{key}"] = edit.parameter
+    saved = {k: v for k, v in tensors.items() if not k.startswith(("optimiser|", "index|", "best|"))}
+    if set(saved) != set(places):
+        odd = sorted(set(saved) ^ set(places))
+        raise LuthierError(
+            f"the checkpoint and the plan's deltas differ at {odd[0]} ({len(odd)} such): resume with the run's own plan"
+        )
+    for key, value in saved.items():
+        _assign(places[key], value)
+    handle.after_step()
+
+
+def selections_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor | None]]:
+    """What choices had moved: piece -> parameter -> entries (None: whole)."""
+    out: dict[str, dict[str, Tensor | None]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("|")
+        if kind in ("moved", "index"):
+            piece, name = rest.split("|")
+            entries = out.setdefault(piece, {})
+            entries[name] = value if kind == "index" else entries.get(name)
+    return out
+
+
+def _assign(place: Tensor, value: Tensor) -> None:
+    if hasattr(place, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        like: Any = place
+        place.copy_(distribute_tensor(value.to(place.device), like.device_mesh, like.placements))
+    else:
+        place.copy_(value.to(place.device))
+
+
+def random_states() -> dict[str, Any]:
+    """States of all random generators this process uses, as JSON."""
+    pack = lambda t: base64.b64encode(t.numpy().tobytes()).decode()  # noqa: E731
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": pack(torch.get_rng_state()),
+        "cuda": [pack(t) for t in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "numpy": [kind, base64.b64encode(np.asarray(keys).tobytes()).decode(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(state: Mapping[str, Any]) -> None:
+    """Puts back what `random_states` gave."""
+    unpack = lambda s: torch.frombuffer(bytearray(base64.b64decode(s)), dtype=torch.uint8)  # noqa: E731
+    torch.set_rng_state(unpack(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([unpack(s) for s in state["cuda"]])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.frombuffer(base64.b64decode(keys), dtype=np.uint32), *rest))
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+    """Writes folder/step-NNNNNNNN: to a neighbour, synced, then renamed; older ones over `keep` go afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final, new = folder / f"step-{step:08d}", folder / f".new-{step:08d}"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        save_file(dict(tensors), new / "tensors.safetensors")
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        for path in (*new.iterdir(), new):
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(new, final)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(new, ignore_errors=True)
+        have = latest(folder)
+        where = f"the one at {have} is whole" if have else "there is no earlier one"
+        raise LuthierError(f"cannot write checkpoint {final} ({e}): free some space; {where}") from e
+    for old in all_of(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def all_of(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in folder.iterdir() if NAME.search(p.name)] if folder.is_dir() else []
+    return sorted(p for p in found if (p / "state.json").exists() and (p / "tensors.safetensors").exists())
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, if any."""
+    found = all_of(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of one checkpoint."""
+    try:
+        return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as e:
+        raise LuthierError(f"checkpoint {path} cannot be read ({e}): remove it to resume from the one before") from e

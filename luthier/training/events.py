@@ -1,0 +1,145 @@
+"""What happens between steps: redraws, evaluation, best and early stop, logs, trackers, checkpoints, signals, bad losses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import LuthierError
+from luthier.plan.schema import Plan
+from luthier.training import certificate, checkpoint
+from luthier.training.groups import make_optimiser
+from luthier.training.loop import Loop, evaluate
+from luthier.training.pieces import Pieces
+from luthier.training.progress import Bar
+from luthier.training.view import Batch
+
+
+class Events:
+    """The loop's callback. User callbacks are called as `callback(event, loop)` with event begin, step, eval, save or end."""
+
+    def __init__(self, plan: Plan, pieces: Pieces, data: Any, out: Path, batches: Any, progress: bool) -> None:
+        self.plan, self.pieces, self.data, self.out, self.batches = plan, pieces, data, out, batches
+        self.show = progress
+        self.asked: str | None = None
+        self.known_answers: dict[str, Any] = {}
+        self.best_tensors: dict[str, Any] | None = None
+        self.callbacks = [_callable(name) for name in plan.train.callbacks]
+        self.bar: Bar | None = None
+
+    def stop(self, why: str) -> None:
+        """Asks the run to save and leave after the step under way."""
+        self.asked = why
+
+    def tell(self, event: str, loop: Loop) -> None:
+        for callback in self.callbacks:
+            callback(event, loop)
+
+    def begin(self, loop: Loop) -> None:
+        if self.show and loop.machine.first:
+            self.bar = Bar(loop.steps, loop.progress.step, loop.progress.tokens)
+        self.tell("begin", loop)
+
+    def close(self, loop: Loop) -> None:
+        """The last evaluation, the best delta if asked for, trackers and bar closed."""
+        state = loop.progress
+        if self.data.has_eval and state.stopped is None and (not state.evals or state.evals[-1]["step"] != state.step):
+            self._evaluate(loop)
+        if self.plan.train.keep_best and self.best_tensors is not None:
+            checkpoint.put_back(loop.handle, self.best_tensors)
+        self.tell("end", loop)
+        if self.bar:
+            self.bar.close()
+        loop.machine.accelerator.end_training()
+
+    def on_step(self, loop: Loop) -> bool:
+        train, state = self.plan.train, loop.progress
+        if state.step % train.log_every == 0 or state.step == loop.steps:
+            self._log(loop, {k: v for k, v in state.curve[-1].items() if k != "step"})
+        if train.eval_every and state.step % train.eval_every == 0 and self.data.has_eval:
+            self._evaluate(loop)
+        if state.step < loop.steps and self.pieces.draw(state.step):
+            loop.machine.wrap()
+            loop.optimiser = make_optimiser(loop.handle, train, self.pieces.rates, loop.optimiser)
+            certificate.same_on_all(loop.machine, sorted(loop.optimiser.names))
+        self.tell("step", loop)
+        leaving = loop.machine.any(self.asked is not None)
+        if leaving and state.step < loop.steps:
+            state.stopped = self.asked or "another process was asked to stop"
+        every = self.plan.checkpoint.every
+        if (every and state.step % every == 0 and state.step < loop.steps) or state.stopped in ("SIGINT", "SIGTERM"):
+            self.save(loop)
+        return state.stopped is not None
+
+    def save(self, loop: Loop) -> None:
+        """Writes a checkpoint of everything."""
+        tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
+        for kind, value in (self.best_tensors or {}).items():
+            tensors[f"best|{kind}"] = value
+        state = {
+            "plan": self.plan.model_dump(mode="json", by_alias=True),
+            "data_fingerprint": self.data.fingerprint,
+            "progress": asdict(loop.progress) | {"stopped": None},
+            "data": self.batches.state_dict(),
+            "choices": self.pieces.state(),
+            "random": certificate.gather_random(loop.machine),
+            "known_answers": self.known_answers,
+            "certificate": certificate.make(loop, self.batches),
+        }
+        if loop.machine.first:
+            checkpoint.save(self.out / "checkpoints", loop.progress.step, tensors, state, self.plan.checkpoint.keep)
+        loop.machine.accelerator.wait_for_everyone()
+        self.tell("save", loop)
+
+    def _evaluate(self, loop: Loop) -> None:
+        train, state = self.plan.train, loop.progress
+        size = train.eval_batch_size or train.batch_size
+        loss = evaluate(loop, self.data.eval_batches(size, rank=loop.machine.rank, world=loop.machine.world))
+        state.evals.append({"step": state.step, "loss": loss})
+        self._log(loop, {"eval_loss": loss})
+        self.tell("eval", loop)
+        if state.best is None or loss < state.best["loss"]:
+            state.best, state.stale = {"step": state.step, "loss": loss}, 0
+            if train.keep_best:
+                tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
+                self.best_tensors = {k: v for k, v in tensors.items() if not k.startswith("optimiser|")}
+        else:
+            state.stale += 1
+        if train.early_stop and state.stale >= train.early_stop:
+            state.stopped = f"early: no better evaluation loss in {state.stale} evaluations"
+
+    def _log(self, loop: Loop, row: dict[str, float]) -> None:
+        if self.plan.train.report_to:
+            loop.machine.accelerator.log(row, step=loop.progress.step)
+        if self.bar:
+            self.bar.update(loop.progress, row)
+        if loop.machine.first:
+            with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": loop.progress.step, **row}) + "\n")
+
+    def on_non_finite(self, loop: Loop, batches: list[Batch], loss: float) -> None:
+        """Writes the records of the step beside the checkpoints; stops, or goes on where the plan says skip."""
+        path = self.out / f"non-finite-step-{loop.progress.step + 1}-rank-{loop.machine.rank}.jsonl"
+        rows = [{"where": w, "ids": b["input_ids"][i].tolist()} for b in batches for i, w in enumerate(b["where"])]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        if self.plan.train.non_finite == "stop" or loop.progress.skipped > self.plan.train.max_skips:
+            good = checkpoint.latest(self.out / "checkpoints")
+            raise LuthierError(
+                f"step {loop.progress.step + 1}: the {what} is not finite; its {len(rows)} records are in {path}; "
+                f"last good checkpoint: {good or 'none'}; lower train.lr or set train.non_finite: skip"
+            )
+
+
+def _callable(name: str) -> Callable[[str, Loop], None]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise LuthierError(f"train.callbacks: cannot find '{name}' ({e}): write module:function") from e
+    return found

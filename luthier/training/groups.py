@@ -1,0 +1,84 @@
+"""Parameter groups: every piece its own learning rate and decay; optimiser state only for what moves, kept by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.attach import Attached
+from luthier.delta import OPTIMISERS
+from luthier.errors import LuthierError
+from luthier.plan.schema import TrainSpec
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A piece's own rate and decay; None is the loop's."""
+
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass
+class Optimiser:
+    """A torch optimiser whose state is addressed by parameter names, so that it survives redraws and restarts."""
+
+    torch: torch.optim.Optimizer
+    names: dict[str, nn.Parameter]
+
+    def set_rate(self, factor: float) -> None:
+        """Every group at `factor` times its peak rate."""
+        for group in self.torch.param_groups:
+            group["lr"] = group["peak"] * factor
+
+    def state(self) -> dict[str, Tensor]:
+        """'name/moment' -> tensor, as they are (sharded ones stay so)."""
+        out = {}
+        for name, parameter in self.names.items():
+            for key, value in self.torch.state.get(parameter, {}).items():
+                out[f"{name}//{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return out
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave, for the names that are there now."""
+        for key, value in state.items():
+            name, moment = key.rsplit("//", 1)
+            if name in self.names:
+                parameter = self.names[name]
+                device = "cpu" if moment == "step" and parameter.device.type == "cpu" else parameter.device
+                self.torch.state[parameter][moment] = value.to(device).clone()
+
+
+def make_optimiser(
+    handle: Attached, train: TrainSpec, rates: Mapping[str, Rates], old: Optimiser | None = None
+) -> Optimiser:
+    """Groups of everything that trains now. Moments of parameters that already trained are taken over from `old`.
+
+    Vectors (norms, biases, scales, magnitudes) are not decayed.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    names: dict[str, nn.Parameter] = {}
+    for piece, rows in handle.trained().items():
+        own = rates.get(piece, Rates())
+        for name, parameter in rows:
+            decay = train.weight_decay if own.weight_decay is None else own.weight_decay
+            key = (own.lr or train.lr, decay if parameter.dim() > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
+            names[name] = parameter
+    if not names:
+        raise LuthierError("nothing would be trained: no piece has a number that moves; see delta in the plan")
+    rows = [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+    optimiser = Optimiser(OPTIMISERS[train.optimiser](rows, betas=train.betas, eps=train.eps), names)
+    if old is not None:
+        kept = {id(p): old.torch.state[p] for p in old.names.values() if p in old.torch.state}
+        optimiser.torch.state.update({p: kept[id(p)] for p in names.values() if id(p) in kept})
+    return optimiser
+
+
+def report(handle: Attached) -> list[dict[str, Any]]:
+    """Per piece: name and how many numbers train."""
+    return [{"name": k, "numbers": sum(p.numel() for _, p in rows)} for k, rows in handle.trained().items()]

@@ -1,0 +1,29 @@
+"""An output folder in use is locked: two runs never write into each other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from luthier.errors import LuthierError
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; the system frees it when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            f.seek(0)
+            raise LuthierError(
+                f"{folder} is in use by process {f.read().strip() or '?'}: wait for it or choose another --out"
+            ) from e
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield

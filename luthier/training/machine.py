@@ -1,0 +1,144 @@
+"""The machine a run is on: device, processes, wrapper, precision. All of accelerate that the loop sees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+
+from luthier.errors import LuthierError
+from luthier.training.precision import Precision
+from luthier.training.view import Batch
+
+
+@dataclass
+class Machine:
+    """Processes and types of one run. `model` is the wrapped model (or the plain one on a single process)."""
+
+    accelerator: Accelerator
+    precision: Precision
+    model: nn.Module
+    sharded: bool = False
+    plain: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def first(self) -> bool:
+        """True on the process that writes files."""
+        return self.accelerator.is_main_process
+
+    def wrap(self) -> None:
+        """Puts DDP or FSDP2 around the model; again after what trains has changed. Proves that it did."""
+        if self.world == 1:
+            return
+        if self.sharded:
+            if self.model is self.plain:
+                self.model = self.accelerator.prepare_model(self.plain)
+            kinds = {type(p).__name__ for p in self.model.parameters()}
+            if kinds != {"DTensor"}:
+                raise LuthierError(
+                    f"FSDP2 was asked for, but parameters are {sorted(kinds)}: see docs/multi-process.md"
+                )
+            self.plain = self.model
+        else:
+            self.model = nn.parallel.DistributedDataParallel(
+                self.plain,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                find_unused_parameters=True,
+            )
+
+    @contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        """Within: gradients stay on the process while more micro-batches of the step follow."""
+        with self.accelerator.no_sync(self.model) if more and self.world > 1 else nullcontext():
+            yield
+
+    def to_device(self, batch: Batch | None) -> Batch:
+        if batch is None:
+            raise LuthierError(
+                "a process has no batch where the others have one: the data order is not the same on all"
+            )
+        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums over all processes, in float64."""
+        if self.world == 1:
+            return values
+        whole: Any = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
+        return tuple(whole.tolist())
+
+    def count(self, n: int) -> int:
+        return int(self.sum(float(n))[0])
+
+    def any(self, flag: bool) -> bool:
+        """True on all processes if it is on one."""
+        return self.sum(float(flag))[0] > 0
+
+    def clip(self, parameters: list[nn.Parameter], largest: float | None) -> float:
+        """Norm of the whole gradient before clipping it to `largest`."""
+        have = [p for p in parameters if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in have], foreach=True)  # pyright: ignore
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if largest is not None and bool(norm > largest):
+            torch.nn.utils.clip_grads_with_norm_(have, largest, norm, foreach=True)
+        return float(norm)
+
+
+def launched() -> int:
+    """Processes that a launcher (accelerate launch, torchrun) says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def make_accelerator(fsdp: bool, device: torch.device, report_to: list[str], out: Path) -> Accelerator:
+    """The accelerator of this process, with its trackers; the world size is checked against the launcher's.
+
+    accelerate has no FSDP for CPUs and silently takes DDP instead, so the distributed type is set after construction.
+    """
+    world = launched()
+    cpu = device.type == "cpu"
+    for tracker in report_to:
+        if find_spec(tracker) is None:
+            raise LuthierError(f"train.report_to: {tracker} is not installed: pip install 'luthier[{tracker}]'")
+    accelerator = Accelerator(
+        cpu=cpu, log_with=list(report_to) or None, project_dir=str(out / "logs") if report_to else None
+    )
+    if report_to:
+        accelerator.init_trackers("luthier")
+    if accelerator.num_processes != world:
+        raise LuthierError(
+            f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}: "
+            "start with 'accelerate launch --num_processes N' (on CPUs also --cpu --num_machines 1 --mixed_precision no)"
+        )
+    if fsdp and world > 1:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+        )
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator

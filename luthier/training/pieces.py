@@ -1,0 +1,203 @@
+"""From a plan's deltas to pieces on the model: forms are built, choices draw, redraw and release."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.attach import Attached
+from luthier.attach.sites import parameter_items, sites_of
+from luthier.bases.load import Base
+from luthier.choices.engine import ChoiceContext
+from luthier.delta import CHOICES, FORMS, Site
+from luthier.delta.artefact import Delta
+from luthier.errors import LuthierError
+from luthier.plan.schema import DeltaSpec
+from luthier.training.groups import Rates
+
+Selection = dict[str, Tensor | None]
+
+
+@dataclass
+class Chosen:
+    """A choice at work on a model."""
+
+    name: str
+    choice: Any
+    items: dict[str, Site]
+    ever: set[str] = field(default_factory=set)
+    drawn_at: int = 0
+
+
+@dataclass
+class Pieces:
+    """Everything of the plan's deltas on one model."""
+
+    handle: Attached
+    base: Base
+    seed: int
+    chosen: list[Chosen] = field(default_factory=list)
+    rates: dict[str, Rates] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    """Every base parameter by name."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Of the first window, for choices that score by them."""
+
+    def attach(self, specs: Iterable[DeltaSpec]) -> None:
+        """Builds the forms and makes the first draw of the choices; names are made unique."""
+        self.sites = parameter_items(self.base.roles)
+        taken: set[str] = set(self.handle.pieces)
+        for spec in specs:
+            name = stem = spec.name or spec.form or spec.choice or ""
+            k = 2
+            while name in taken:
+                name, k = f"{stem}-{k}", k + 1
+            taken.add(name)
+            self.rates[name] = Rates(spec.lr, spec.weight_decay)
+            if spec.form:
+                self._form(name, spec)
+            else:
+                self._choice(name, spec)
+        self._new_numbers()
+
+    def _form(self, name: str, spec: DeltaSpec) -> None:
+        form = FORMS.make(spec.form or "", spec.settings)
+        if spec.start_from:
+            piece = _piece_of(spec.start_from, spec.name or spec.form or "")
+            if type(piece.form) is not type(form):
+                raise LuthierError(
+                    f"delta '{name}' is a {spec.form}, but start_from {spec.start_from} holds {type(piece.form).__name__}"
+                )
+            piece.name = name
+        else:
+            patterns = spec.sites or list(form.sites)
+            sites = sites_of(self.base.roles, patterns, spec.except_, spec.layers, form.kinds)
+            piece = self.handle.build(name, form, sites, self.seed)
+        self.handle.add(piece, train=True)
+
+    def _choice(self, name: str, spec: DeltaSpec) -> None:
+        choice = CHOICES.make(spec.choice or "", spec.settings)
+        items = self.sites
+        if spec.sites or spec.except_ or spec.layers:
+            parts = self.base.roles.select(spec.sites or ["all"], spec.except_, spec.layers)
+            wanted = {p for part in parts for p in part.parameters}
+            items = {k: v for k, v in items.items() if k in wanted}
+        chosen = Chosen(name, choice, items)
+        self.chosen.append(chosen)
+        if spec.start_from:
+            self.handle.add(_piece_of(spec.start_from, name))
+
+    def _new_numbers(self) -> None:
+        """Parts the checkpoint lacks (a fresh head, rows of new tokens) train with whatever else does."""
+        fresh: Selection = {name: None for name in self.base.new_parameters}
+        if self.base.new_rows:
+            rows = torch.tensor(self.base.new_rows)
+            for key, site in self.sites.items():
+                if site.role in ("embed", "head") and site.parameter == "weight":
+                    width = site.shape[-1]
+                    fresh[key] = (rows[:, None] * width + torch.arange(width)).flatten()
+        if fresh:
+            self.handle.move("new", fresh)
+
+    @property
+    def needs_gradients(self) -> bool:
+        return any(getattr(c.choice, "needs_grad", False) for c in self.chosen)
+
+    def draw(self, step: int) -> bool:
+        """Draws every choice whose time has come; True when what trains has changed."""
+        changed = False
+        for chosen in self.chosen:
+            every = getattr(chosen.choice, "every", 0)
+            if not chosen.ever or (every and step % every == 0 and step != chosen.drawn_at):
+                self.select(chosen, chosen.choice.select(chosen.items, self._context(chosen, step)), step)
+                changed = True
+        return changed
+
+    def select(self, chosen: Chosen, selection: Selection, step: int) -> None:
+        """Lets exactly `selection` of a choice train; the rest of what it moved stays or returns to the base."""
+        if not selection:
+            raise LuthierError(
+                f"choice '{chosen.name}' chose nothing: nothing would be trained; state other sites or a larger budget"
+            )
+        table = self.handle.edits.get(chosen.name, {})
+        for name, edit in list(table.items()):
+            if name not in selection:
+                edit.train(False)
+                if getattr(chosen.choice, "released", "stay") == "return":
+                    edit.restore()
+        self.handle.move(chosen.name, selection)
+        chosen.ever |= set(selection)
+        chosen.drawn_at = step
+
+    def _context(self, chosen: Chosen, step: int) -> ChoiceContext:
+        return ChoiceContext(
+            seed=self.seed,
+            step=step,
+            weight=lambda name: self.base.model.get_parameter(name).detach(),
+            grad=lambda name: self.gradients.get(name),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Which parameters train now, for checkpoints."""
+        return {
+            c.name: {
+                "drawn_at": c.drawn_at,
+                "ever": sorted(c.ever),
+                "now": [k for k, e in self.handle.edits.get(c.name, {}).items() if e.trained.requires_grad],
+            }
+            for c in self.chosen
+        }
+
+    def load_state(self, state: dict[str, Any], selections: dict[str, Selection]) -> None:
+        """Puts choices where a checkpoint had them."""
+        for chosen in self.chosen:
+            own, moved = state[chosen.name], selections.get(chosen.name, {})
+            self.handle.move(chosen.name, moved)
+            for key, edit in self.handle.edits[chosen.name].items():
+                edit.train(key in own["now"])
+            chosen.ever, chosen.drawn_at = set(own["ever"]), own["drawn_at"]
+
+
+def _piece_of(folder: str, name: str) -> Any:
+    delta = Delta.load(folder)
+    found = {p.name: p for p in delta.pieces}
+    if name in found:
+        return found[name]
+    if len(found) == 1:
+        return delta.pieces[0]
+    raise LuthierError(
+        f"start_from {folder} has no piece '{name}'; it has {', '.join(found)}: name this delta like one of them"
+    )
+
+
+def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
+    """Fills `pieces.gradients`: the sum over `batches` of each candidate's gradient, held on the CPU, one tensor at a time.
+
+    `micro(batch)` gives the loss of a batch. Gradients are taken off each parameter as soon as they are complete.
+    """
+    wanted = {name for c in pieces.chosen if getattr(c.choice, "needs_grad", False) for name in c.items}
+    hooks = []
+    model = pieces.base.model
+
+    def gather(name: str) -> Any:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            grad = parameter.grad.float().cpu()
+            pieces.gradients[name] = pieces.gradients[name] + grad if name in pieces.gradients else grad
+            parameter.grad = None
+
+        return hook
+
+    for name in wanted:
+        parameter = model.get_parameter(name)
+        parameter.requires_grad_(True)
+        hooks.append((parameter, parameter.register_post_accumulate_grad_hook(gather(name))))
+    for batch in batches:
+        micro(batch).backward()
+    for parameter, hook in hooks:
+        hook.remove()
+        parameter.requires_grad_(False)

@@ -1,0 +1,167 @@
+"""What is proven before step one: known answers on this very model, and a rehearsal of the longest batch."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier.bases.fingerprint import compare
+from luthier.bases.hardware import peak_memory
+from luthier.bases.load import Base
+from luthier.delta.artefact import Delta
+from luthier.errors import LuthierError
+from luthier.training import checkpoint
+from luthier.training.loop import gradients
+from luthier.training.view import Batch
+
+if TYPE_CHECKING:
+    from luthier.training.run import Training
+
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+"""Largest relative difference of gradients that rounding explains, by the type of the arithmetic."""
+
+
+def same_base(delta: Delta, base: Base) -> None:
+    """A delta that says it was made on another base is an error that shows both fingerprints."""
+    stated = delta.base.get("fingerprint")
+    if stated and base.fingerprint and compare(stated, base.fingerprint) == "different":
+        raise LuthierError(
+            f"the delta was made on base {stated} ({delta.base.get('name')}), this is {base.fingerprint} ({base.name}): load the right base"
+        )
+
+
+def longest_batch(training: Training) -> Batch:
+    """A made-up batch of the full size at the longest length the data may have, its share of supervised tokens kept."""
+    data, model = training.data, training.base.model
+    size, length = training.plan.train.batch_size, max(data.longest, 2)
+    g = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (size, length), generator=g)
+    batch: Batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "tokens": size * length,
+        "where": ["rehearsal"] * size,
+    }
+    if training.base.kind == "classify":
+        batch["labels"] = torch.zeros(size, dtype=torch.long)
+        return batch
+    weights = torch.zeros(size, length)
+    weights[:, length - max(1, round(length * data.supervised_share)) :] = 1.0
+    weights[:, 0] = 0.0
+    if training.base.kind == "seq2seq":
+        batch |= {"labels": ids, "weights": weights, "decoder_input_ids": ids}
+        return batch
+    batch |= {"weights": weights, "position_ids": torch.arange(length).expand(size, -1)}
+    if training.plan.data.packing:
+        batch["segments"] = torch.ones_like(ids)
+    return training.data.finish(batch)
+
+
+def rehearse(training: Training) -> dict[str, Any]:
+    """The longest batch through forward, backward, step, evaluation and save, at learning rate 0; nothing is left changed.
+
+    Memory or disk that will not do fails here, before step one.
+    """
+    loop, machine = training.loop, training.machine
+    started, states = time.perf_counter(), checkpoint.random_states()
+    batch = longest_batch(training)
+    loop.machine.model.train()
+    try:
+        gradients(loop, [batch])
+        loop.optimiser.set_rate(0.0)
+        for p in loop.optimiser.names.values():  # what a random batch says is of no interest, only that it fits
+            if p.grad is not None:
+                p.grad.zero_()
+        loop.optimiser.torch.step()
+        loop.handle.after_step()
+        with torch.no_grad(), machine.precision.context(machine.device):
+            loop.objective(loop.view(machine.to_device(batch)))
+        tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e) and "allocate" not in str(e):
+            raise
+        length = batch["input_ids"].shape[1]
+        raise LuthierError(
+            f"the longest batch ({training.plan.train.batch_size} × {length} tokens) does not fit in memory: lower train.batch_size "
+            "(and raise train.accumulate), data.max_length, or set train.checkpointing: true"
+        ) from e
+    finally:
+        loop.optimiser.torch.zero_grad(set_to_none=True)
+    loop.optimiser.torch.state.clear()
+    checkpoint.set_random_states(states)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    if machine.first:
+        _room_for(training.out, size * (training.plan.checkpoint.keep + 2))
+    return {
+        "batch": training.plan.train.batch_size,
+        "length": int(batch["input_ids"].shape[1]),
+        "seconds": time.perf_counter() - started,
+        "peak_memory": peak_memory(machine.device),
+        "checkpoint_bytes": size,
+    }
+
+
+def _room_for(folder: Path, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise LuthierError(
+            f"{folder} has {free / 2**20:,.0f} MB free, the run's checkpoints need {size / 2**20:,.0f} MB: free some, or lower checkpoint.keep"
+        )
+
+
+def known_answers(training: Training) -> dict[str, Any]:
+    """Things whose answer is known, tried on this model and these records: each with what came out."""
+    out: dict[str, Any] = {}
+    rows = training.data.sample(3)
+    if training.machine.world > 1 or len(rows) < 2 or training.base.kind == "classify":
+        return out
+    model = training.base.model
+    model.eval()
+    out["small_batches_equal_one_large"] = _accumulation(training, rows)
+    if training.plan.data.packing:
+        out["packed_equals_unpacked"] = _packing(training, rows)
+    return out
+
+
+def _accumulation(training: Training, rows: list[Any]) -> dict[str, Any]:
+    """Rows of unequal length, one at a time and together, give the same gradient."""
+    loop, data = training.loop, training.data
+
+    def gradient(batches: list[Batch]) -> torch.Tensor:
+        gradients(loop, [*batches])
+        flat = torch.cat([p.grad.flatten().float() for p in loop.optimiser.names.values() if p.grad is not None])
+        loop.optimiser.torch.zero_grad(set_to_none=True)
+        return flat
+
+    states = checkpoint.random_states()
+    together = gradient([data.collate(rows)])
+    apart = gradient([data.collate([row]) for row in rows])
+    checkpoint.set_random_states(states)
+    return _verdict("k small batches and one large batch", apart, together, training)
+
+
+def _packing(training: Training, rows: list[Any]) -> dict[str, Any]:
+    """Records in one packed row give the log-probabilities they give alone."""
+    data, loop = training.data, training.loop
+    with torch.no_grad(), training.machine.precision.context(training.machine.device):
+        view = lambda batch: loop.view(training.machine.to_device(batch)).logprobs  # noqa: E731
+        packed = view(data.collate_packed(rows))
+        alone = torch.cat([view(data.collate([row])) for row in rows])
+    return _verdict("packed and unpacked records", packed, alone, training)
+
+
+def _verdict(what: str, a: torch.Tensor, b: torch.Tensor, training: Training) -> dict[str, Any]:
+    precision = training.machine.precision
+    allowed = TOLERANCE[precision.autocast or precision.base]
+    error = float((a - b).norm() / b.norm().clamp(min=1e-30))
+    if error > allowed:
+        raise LuthierError(
+            f"{what} differ by {error:.1e} on this base (allowed {allowed:.0e}): set data.packing: false, or report this architecture"
+        )
+    return {"ok": True, "error": error, "allowed": allowed}

@@ -1,0 +1,125 @@
+"""One micro-batch as an objective sees it: what it asks for is computed, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import LuthierError
+from luthier.parts.logprobs import token_logprobs
+
+Batch = dict[str, Any]
+
+
+class HeadSelector:
+    """Lets only chosen positions reach the head: logits that carry no loss are never computed.
+
+    A pre-hook on the output embedding, so it holds for every architecture, whatever its forward does around it.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self.index: Tensor | None = None
+        self.hook = head.register_forward_pre_hook(self._select)
+
+    def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.index is None:
+            return None
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self.index].unsqueeze(0), *args[1:])
+
+    @contextmanager
+    def at(self, index: Tensor) -> Iterator[None]:
+        """Within: the head sees the flat positions `index` of [B·T] only, as a batch of one row."""
+        self.index = index
+        try:
+            yield
+        finally:
+            self.index = None
+
+
+class View:
+    """A batch on a model. Attributes are computed when first read.
+
+    Decoder-only: `batch` has input_ids [B, T], attention_mask, position_ids, weights [B, T] (of predicting that token)
+    and `segments` when packed. Sequence-to-sequence: decoder_input_ids and decoder weights too. Classification: labels.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, selector: HeadSelector | None, kind: str = "causal") -> None:
+        self.model, self.batch, self.selector, self.kind = model, batch, selector, kind
+
+    @cached_property
+    def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.kind == "seq2seq":
+            weights, tokens, shift = self.batch["weights"], self.batch["labels"], 0
+        else:
+            weights, tokens, shift = self.batch["weights"][:, 1:], self.batch["input_ids"][:, 1:], 1
+        rows, columns = torch.nonzero(weights, as_tuple=True)
+        index = rows * (weights.shape[1] + shift) + columns
+        return index, tokens[rows, columns], weights[rows, columns].float(), rows
+
+    @property
+    def weights(self) -> Tensor:
+        """[N] loss weight of each supervised token."""
+        return self._supervised[2]
+
+    @property
+    def targets(self) -> Tensor:
+        """[N] the supervised tokens."""
+        return self._supervised[1]
+
+    @property
+    def rows(self) -> Tensor:
+        """[N] row of the batch each supervised token belongs to."""
+        return self._supervised[3]
+
+    def inputs(self) -> Batch:
+        """What the model's forward is given."""
+        keep = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "decoder_input_ids")
+        given = {k: self.batch[k] for k in keep if k in self.batch}
+        if "mask_4d" in self.batch:
+            given["attention_mask"] = self.batch["mask_4d"]
+        if self.kind != "classify":
+            given["use_cache"] = False
+        return given
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[N, V] at the supervised tokens only."""
+        index = self._supervised[0]
+        if self.selector is None:
+            out = self.model(**self.inputs()).logits
+            return out.reshape(-1, out.shape[-1])[index]
+        with self.selector.at(index):
+            logits = self.model(**self.inputs()).logits
+        if logits.shape[-2] != len(index):
+            raise LuthierError(
+                f"the model gave {logits.shape[-2]} rows of logits for {len(index)} supervised tokens: "
+                "its head is not where get_output_embeddings() says; report this architecture"
+            )
+        return logits.reshape(-1, logits.shape[-1])
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """[N] log-probability of each supervised token, float32."""
+        return token_logprobs(self.logits, self.targets)
+
+    @cached_property
+    def class_logits(self) -> Tensor:
+        """[B, classes]."""
+        return self.model(**self.inputs()).logits
+
+    @property
+    def labels(self) -> Tensor:
+        """[B] class indices."""
+        return self.batch["labels"]
+
+    @property
+    def record_weights(self) -> Tensor:
+        """[B] loss weight of each record."""
+        labels = self.batch["labels"]
+        return self.batch.get("record_weights", torch.ones(len(labels), device=labels.device))
