@@ -1,0 +1,216 @@
+"""From a YAML file, a dict or a plan, and overrides, to a checked plan; every mistake is one line naming the key."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from luthier.errors import LuthierError
+from luthier.plan.problems import fields, first_problem, unknown_key
+from luthier.plan.schema import DeltaSpec, Plan
+from luthier.plan.yaml import expand, read_yaml
+
+if TYPE_CHECKING:
+    from luthier.delta import Registry
+
+SHORT = {"base": "name", "data": "train", "objective": "name", "delta": "form"}
+"""Sections that may be written as one word, and the key that word is."""
+
+
+def load_plan(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Plan, overrides: Sequence[str] = (), *, methods: bool = True
+) -> Plan:
+    """The checked plan.
+
+    source: a YAML file, its content as a dict, or a plan. overrides: 'train.lr=1e-4', 'delta.0.rank=8', and without
+    the index where a list has one entry; values are YAML. methods: also check the names and settings of forms,
+    choices, inits, objective and optimiser (this imports torch). Texts may hold ${NAME:-default} from the environment.
+    Errors: LuthierError naming the file, the key and what was meant.
+    """
+    where, raw = _raw(source)
+    raw = expand(raw, "")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        plan = Plan.model_validate(raw)
+    except ValidationError as e:
+        raise LuthierError(f"{where}: {first_problem(e, raw)}") from e
+    if not plan.data.train:
+        raise LuthierError(f"{where}: data.train: is empty: name a file, folder, hub dataset or practice:FAMILY")
+    if methods:
+        _check_methods(plan, where)
+    return plan
+
+
+def dump_plan(plan: Plan) -> str:
+    """The plan as YAML with every default filled in; `load_plan` of it is the same plan."""
+    import yaml
+
+    return yaml.safe_dump(
+        plan.model_dump(mode="json", by_alias=True),
+        sort_keys=False,
+        allow_unicode=True,
+        width=110,
+        default_flow_style=None,
+    )
+
+
+def _raw(source: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Plan):
+        return "plan", source.model_dump(mode="json", by_alias=True)
+    if isinstance(source, Mapping):
+        return "plan", copy.deepcopy(dict(source))
+    where = os.fspath(source)
+    text = _text(Path(where))
+    raw = read_yaml(text, where)
+    if raw is None:
+        raise LuthierError(f"{where}: the plan is empty: state at least data and delta")
+    if not isinstance(raw, dict):
+        raise LuthierError(
+            f"{where}: a plan is a table of sections (data:, delta: …), got {type(raw).__name__}: see docs/plan.md"
+        )
+    return where, raw
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        near = get_close_matches(path.name, [p.name for p in _neighbours(path)], 1, 0.5)
+        hint = (
+            f"did you mean {path.parent / near[0]}?"
+            if near
+            else "give the path of a YAML plan, such as examples/quick.yaml"
+        )
+        raise LuthierError(f"{path}: there is no such plan: {hint}") from e
+    except IsADirectoryError as e:
+        raise LuthierError(f"{path}: is a folder: give the YAML file of the plan") from e
+    except UnicodeDecodeError as e:
+        raise LuthierError(f"{path}: not UTF-8 at byte {e.start}: save the plan as UTF-8 text") from e
+    except OSError as e:
+        raise LuthierError(f"{path}: cannot be read ({e.strerror}): check its permissions") from e
+
+
+def _neighbours(path: Path) -> list[Path]:
+    return [p for s in ("*.yaml", "*.yml") for p in path.parent.glob(s)] if path.parent.is_dir() else []
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Writes one 'a.b=value' into the raw plan."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise LuthierError(f"override '{override}': write it as key=value, such as train.lr=1e-4")
+    value = expand(read_yaml(text, f"override '{override}'"), path)
+    here: Any = raw
+    for i, key in enumerate(keys[:-1]):
+        here = _into(here, key, ".".join(keys[:i]), override, SHORT.get(key) if i == 0 else None)
+    last, place = keys[-1], ".".join(keys[:-1])
+    if isinstance(here, list) and not last.isdigit():
+        here = _only(here, place, override)
+    if isinstance(here, list):
+        here[_index(here, last, place, override)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise LuthierError(f"override '{override}': {place} is a value, not a section: write {place}=…")
+
+
+def _into(here: Any, key: str, place: str, override: str, short: str | None) -> Any:
+    if isinstance(here, list) and not key.isdigit():
+        here = _only(here, place, override)
+    if isinstance(here, list):
+        i = _index(here, key, place, override)
+        here[i] = {"form" if place == "delta" else "path": here[i]} if isinstance(here[i], str) else here[i]
+        return here[i]
+    if not isinstance(here, dict):
+        raise LuthierError(f"override '{override}': {place} is a value, not a section: write {place}=…")
+    inner = here.setdefault(key, {})
+    where = f"{place}.{key}" if place else key
+    if isinstance(inner, str) and (short or where in ("data.train", "data.eval")):
+        inner = here[key] = {short or "path": inner}
+    return inner
+
+
+def _only(entries: list[Any], place: str, override: str) -> Any:
+    """The one entry of a list that is addressed without an index."""
+    if len(entries) != 1:
+        raise LuthierError(f"override '{override}': {place} has {len(entries)} entries: say which, as in {place}.0")
+    if isinstance(entries[0], str):
+        entries[0] = {"form" if place == "delta" else "path": entries[0]}
+    return entries[0]
+
+
+def _index(entries: list[Any], key: str, place: str, override: str) -> int:
+    if int(key) >= len(entries):
+        raise LuthierError(f"override '{override}': {place} has {len(entries)} entries, counted from 0")
+    return int(key)
+
+
+# -- names and settings of methods
+
+
+def _check_methods(plan: Plan, where: str) -> None:
+    """Every method named exists and accepts its settings."""
+    from luthier.delta import CHOICES, FORMS, INITS, OBJECTIVES, OPTIMISERS
+
+    for i, spec in enumerate(plan.delta):
+        registry, name = (FORMS, spec.form) if spec.form is not None else (CHOICES, spec.choice)
+        _make(
+            registry,
+            str(name),
+            spec.settings,
+            f"{where}: delta.{i}",
+            [a.alias or n for n, a in DeltaSpec.model_fields.items()],
+        )
+        if spec.init is not None:
+            _named(INITS, spec.init, f"{where}: delta.{i}.init")
+    names = [spec.name or spec.form or spec.choice for spec in plan.delta]
+    for i, name in enumerate(names):
+        if name in names[:i] and plan.delta[i].name is not None:
+            raise LuthierError(f"{where}: delta.{i}.name: '{name}' is taken by another delta: name this one otherwise")
+    _make(OBJECTIVES, plan.objective.name, plan.objective.settings, f"{where}: objective", ["name"])
+    _named(OPTIMISERS, plan.train.optimiser, f"{where}: train.optimiser")
+
+
+def _named(registry: Registry, name: str, where: str) -> Any:
+    try:
+        return registry[name]
+    except LuthierError as e:
+        raise LuthierError(f"{where}: {e}") from e
+
+
+def _make(registry: Registry, name: str, settings: Mapping[str, Any], where: str, ours: Sequence[str]) -> None:
+    method = _named(registry, name, where)
+    if dataclasses.is_dataclass(method):
+        known = [f.name for f in dataclasses.fields(method)]
+        for key in settings:
+            if key not in known:
+                file, _, path = where.rpartition(": ")
+                raise LuthierError(
+                    f"{file}: {_setting(path, key, known, ours)} ({registry.what} '{name}' has the settings: {', '.join(known) or 'none'})"
+                )
+    try:
+        registry.make(name, settings)
+    except LuthierError as e:
+        raise LuthierError(f"{where}: {e}") from e
+
+
+def _setting(path: str, key: str, known: Sequence[str], ours: Sequence[str]) -> str:
+    """An unknown setting of a method: a misspelt one of its own, of ours, or another tool's."""
+    line = unknown_key(path, key, [*known, *ours])
+    return (
+        line
+        if "did you mean" in line or "is called" in line or "command line" in line
+        else f"{path}.{key}: unknown key"
+    )
+
+
+__all__ = ["dump_plan", "fields", "load_plan"]
