@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, INNER = 128, 32, 2, 4, 2, 48
@@ -91,3 +93,30 @@ def tiny(family: str = "llama", kind: str | None = None, **settings: Any) -> Pre
 def tiny_ids(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Token ids (rows, length) that avoid the special ids 0–2."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
+    """One token a printable character, 103 in all, with a chat template that marks generations."""
+    special = [*(["<pad>"] if pad else []), "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocabulary = {token: number for number, token in enumerate([*special, *characters])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[-4:],
+        **({"pad_token": "<pad>"} if pad else {}),
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer

@@ -51,6 +51,8 @@ ROLES: dict[str, str] = {
     "norm.final": "last norm",
     "norm.head": "norm inside the language-model head",
     "norm.other": "a norm whose place is not known",
+    "mixer": "a sequence mixer that is not attention: state space, convolution, linear attention",
+    "other": "anything else that has parameters",
     "scale": "learned scale of a residual branch",
     "head": "hidden states to logits over the vocabulary",
     "head.transform": "dense layer before a masked-language head",
@@ -81,6 +83,21 @@ HEADS = {
     "classification_head.out_proj": "classifier",
     "pooler.dense": "pooler",
 }
+
+COMMON = {
+    **HEADS,
+    "pre_classifier": "classifier.dense",
+    "head.dense": "classifier.dense",
+    "pooler": "pooler",
+    "embeddings_project": "embed.project",
+    "intermediate.dense": "ffn.up",
+    "attention.output.dense": "attn.o",
+    "output.dense": "ffn.down",
+    "embeddings.LayerNorm": "norm.embed",
+    "attention.output.LayerNorm": "norm.attn_out",
+    "output.LayerNorm": "norm.ffn_out",
+}
+"""Names so common that they are tried for architectures without a table, after inspection."""
 
 LLAMA = {
     "embed_tokens": "embed",

@@ -13,6 +13,7 @@ from luthier.bases.part import Raw
 ATTENTION = re.compile(r"(^|[._])(self_?)?attn|attention|(^|[._])mixer\.(mha|attn)|seq_transf", re.I)
 CROSS = re.compile(r"encoder_attn|cross_?attn|cross_?attention|encdec_?attention", re.I)
 EXPERT = re.compile(r"(^|\.)experts?\.(\d+)(\.|$)")
+MIXER = re.compile(r"linear_attn|mixer|mamba|ssm|short_conv|(^|\.)conv(\.|$)|rglru|recurrent", re.I)
 SHARED = re.compile(r"shared_(expert|mlp)", re.I)
 
 ATTENTION_LEAVES: dict[str, str] = {
@@ -74,6 +75,8 @@ class Inspector:
         if layer is None:
             return None
         inner = raw.name[len(layer) + 1 :]
+        if MIXER.search(inner) and not re.search(r"(^|\.)attention(\.|$)|mixer\.(mha|attn)", inner):
+            return "mixer"
         if ATTENTION.search(inner) or CROSS.search(inner):
             return self._attention(raw, inner)
         return self._feed_forward(raw, inner)
@@ -85,7 +88,7 @@ class Inspector:
             return "embed.type"
         return "embed" if re.search(r"embed_tokens|word_emb|shared", raw.name) else None
 
-    def _norm(self, raw: Raw, layer: str | None) -> str:
+    def _norm(self, raw: Raw, layer: str | None) -> str | None:
         if layer is None:
             return "norm.embed" if re.search(r"embed", raw.name.rpartition(".")[2] + raw.name, re.I) else "norm.final"
         parent = raw.name.rpartition(".")[0]
@@ -93,7 +96,7 @@ class Inspector:
             sandwich = f"{parent}.pre_feedforward_layernorm" in self.names
             only_post = f"{parent}.post_feedforward_layernorm" in self.names
             return "norm.attn_out" if sandwich or only_post else "norm.ffn"
-        return next((role for pattern, role in NORMS if re.search(pattern, raw.name)), "norm.other")
+        return next((role for pattern, role in NORMS if re.search(pattern, raw.name)), None)
 
     def _attention(self, raw: Raw, inner: str) -> str | None:
         place = "cross" if CROSS.search(inner) else "attn"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.bases.families import FAMILIES, FUSED, ROLES
+from luthier.bases.families import COMMON, FAMILIES, FUSED, ROLES
 from luthier.bases.inspection import EXPERT, Inspector, layer_prefixes
 from luthier.bases.part import Part, Raw, raw_parts
 from luthier.errors import LuthierError, nearest
@@ -163,6 +163,7 @@ def _parts(model: nn.Module, layers: list[str], stated: Mapping[str, str]) -> li
     family = getattr(getattr(model, "config", None), "model_type", "")
     text = getattr(model.config.get_text_config(), "model_type", "") if hasattr(model, "config") else ""  # pyright: ignore
     table = _compiled(FAMILIES.get(family) or FAMILIES.get(text, {}))
+    common = _compiled(COMMON)
     inspector = Inspector(model, layers)
     two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     ties = _ties(model)
@@ -170,7 +171,8 @@ def _parts(model: nn.Module, layers: list[str], stated: Mapping[str, str]) -> li
     for raw in raw_parts(model):
         own = next((p for p in stated if _stated(p, raw.name)), None)
         used |= {own} if own else set()
-        role = stated[own] if own else next((r for p, r in table if p.search(raw.name)), None) or inspector.role(raw)
+        role = stated[own] if own else _row(table, raw.name) or inspector.role(raw) or _row(common, raw.name)
+        role = role or ("norm.other" if raw.kind == "norm" else None)
         if role is None:
             unknown.append(raw)
             continue
@@ -224,6 +226,10 @@ def _compiled(table: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(r"(^|\.)" + re.escape(p).replace(r"\#", r"\d+") + "$"), role) for p, role in table.items()]
 
 
+def _row(table: list[tuple[re.Pattern[str], str]], name: str) -> str | None:
+    return next((role for pattern, role in table if pattern.search(name)), None)
+
+
 def _stated(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
@@ -240,5 +246,5 @@ def _unknown_text(model: nn.Module, unknown: list[Raw]) -> str:
     example = f"*{example[example.index('.*') + 2 :]}" if ".*" in example else example
     return (
         f"{type(model).__name__}: no role known for {shown}; state it in the plan, as in "
-        f"base: {{roles: {{'{example}': attn.q}}}} (roles: {', '.join(ROLES)})"
+        f"base: {{roles: {{'{example}': other}}}} (docs/bases.md lists the roles: attn.q, ffn.up, norm.attn, mixer …)"
     )
