@@ -1,0 +1,1 @@
+"""From records to batches: read, recognise, render with exact loss weights, keep, order, pack, collate, account."""
