@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from luthier.attach import edits, extras
 from luthier.attach.numbers import CHILD, Live, numbers_of, put
 from luthier.attach.point import Placed, Point
+from luthier.attach.prompts import stack_of
 from luthier.attach.weights import gathered, module_at, oriented, read_weight
 from luthier.delta import FORMS, Context, Form, No, Site, State
 from luthier.delta.artefact import Delta, Piece, supply_attacher
@@ -44,7 +45,8 @@ class Attached:
         self.extras: dict[str, Any] = {}
         self._flags = {n: q.requires_grad for n, q in model.named_parameters()}
         self._folded: dict[str, tuple[nn.Module, str, Tensor]] | None = None
-        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        # At the inner stack, so that forward passes that skip the head are seen too.
+        self._hook = (stack_of(model) or model).register_forward_pre_hook(self._see, with_kwargs=True)
         for q in model.parameters():
             q.requires_grad_(False)
 
@@ -88,6 +90,13 @@ class Attached:
         if piece.form.at == "base":
             self._edit(piece)
             return
+        try:
+            self._place(piece, train)
+        except LuthierError:
+            self.detach(piece.name)
+            raise
+
+    def _place(self, piece: Piece, train: bool) -> None:
         for key, site in piece.sites.items():
             module = module_at(self.model, site.name)
             weight = getattr(module, site.parameter, None)

@@ -11,7 +11,7 @@ from luthier.attach.weights import oriented
 from luthier.delta import Form, State
 
 
-@dataclass
+@dataclass(eq=False)
 class Placed:
     """A piece at one site of a model."""
 
@@ -63,7 +63,8 @@ class Point:
             key = None if args else next(iter(kwargs))
             x = args[0] if args else kwargs[key]
             for q in self.inputs:
-                x = q.form.before(x, q.state)
+                changed = q.form.before(x, q.state)
+                x = changed if q.scale == 1 else x + (changed - x) * q.scale
             return ((x, *args[1:]), kwargs) if args else (args, kwargs | {key: x})
         return None
 
