@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change of a weight."""
+"""LoRA: a low-rank change of a weight; DoRA: its direction by LoRA, its magnitude by one number for every output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.delta import FORMS, Form, Site, State
-from luthier.parts.lowrank import add_lowrank
+from luthier.parts.lowrank import add_lowrank, row_norms
 
 
 @FORMS.add("lora")
@@ -83,3 +83,49 @@ class LoRA(Form):
 
     def count(self, site: Site) -> int:
         return self.at_site(site)[0] * (site.d_in + site.d_out) * (site.experts or 1)
+
+
+@FORMS.add("dora")
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """W' = m · (W + s B A) / ‖W + s B A‖, norms per output row, m [out] trained and equal to ‖W‖ at the start.
+
+    Norms are constants in the backward pass and come from Gram products in float32, never from W + s B A itself.
+    `fixed["w2"]` keeps ‖W_i‖². With dropout only the low-rank path's x is dropped (our reading).
+    Settings are LoRA's. Source: Liu et al. 2024 (P175); m per output row as in the authors' code.
+    """
+
+    paper: ClassVar[str] = "P175"
+    reads_output: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    onto = Form.onto
+
+    def build(self, site: Site, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        p, fixed = super().build(site, g)
+        return p | {"m": torch.ones(site.d_out)}, fixed | {"w2": torch.ones(site.d_out)}
+
+    def start(self, s: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        w = s.W().float()
+        w2 = w.square().sum(1).cpu()
+        m = row_norms(w.cpu(), w2, s.p["A"], s.p["B"], self.at_site(s.site)[1])
+        return {**s.p, "m": m}, {**s.fixed, "w2": w2}
+
+    def ratio(self, s: State) -> Tensor:
+        """m / ‖W + s B A‖, [out] in float32; exactly 1 at the start."""
+        with torch.no_grad():
+            norms = row_norms(s.W(), s.fixed["w2"], s.p["A"], s.p["B"], self.at_site(s.site)[1])
+        return s.p["m"] / norms.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def change(self, x: Tensor, y: Tensor, s: State) -> Tensor:
+        r, scale = self.ratio(s), self.at_site(s.site)[1]
+        straight = y if s.bias is None else y - s.bias
+        x = F.dropout(x, self.dropout, s.ctx.training) if self.dropout else x
+        low = (x @ s.p["A"].to(x.dtype).t()) @ s.p["B"].to(x.dtype).t()
+        return (r - 1).to(y.dtype) * straight + (r * scale).to(y.dtype) * low
+
+    def delta(self, s: State) -> dict[str, Tensor]:
+        r, w = self.ratio(s)[:, None], s.W().float()
+        return {"weight": (r - 1) * w + r * (s.p["B"] @ s.p["A"]) * self.at_site(s.site)[1]}
+
+    def count(self, site: Site) -> int:
+        return super().count(site) + site.d_out

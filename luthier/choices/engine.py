@@ -1,0 +1,262 @@
+"""Which of the base's own parameters move: score × granularity × strata × budget, drawn for all parameters at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.delta import Site
+from luthier.errors import LuthierError
+
+Items = Mapping[str, Site]
+"""Full parameter name -> the site that describes it (`parameter`, `shape` as stored, role, layer, kind)."""
+Selection = dict[str, Tensor | None]
+"""Parameter name -> None for the whole, or sorted flat entries of the parameter in its own layout."""
+Granularity = Literal["entry", "row", "column", "head", "expert", "tensor", "part", "layer"]
+Strata = Literal["whole", "kind", "layer", "layer-kind", "tensor"]
+ALWAYS = ("embed", "head", "classifier")
+
+
+@dataclass
+class ChoiceContext:
+    """What a choice may look at."""
+
+    seed: int = 0
+    step: int = 0
+    """Optimiser steps done; with `every` it numbers the draws."""
+    weight: Callable[[str], Tensor] | None = None
+    """Parameter by name, as the model stores it."""
+    grad: Callable[[str], Tensor | None] | None = None
+    """Its gradient, accumulated over a first window of batches; None where the loss does not reach it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Base of all choices. `every`: optimiser steps between draws, 0 for one draw only. `released`: what a part that is
+    no longer chosen does: stay where it got to, or return to the base's value."""
+
+    every: int = 0
+    released: Literal["stay", "return"] = "stay"
+
+    paper: ClassVar[str] = ""
+    sites: ClassVar[tuple[str, ...]] = ("all",)
+    """Which parameters it is handed unless the plan says otherwise."""
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether gradients of a first window must be accumulated before the draw."""
+        return False
+
+    def select(self, items: Items, ctx: ChoiceContext) -> Selection:
+        """The parameters that move in this draw."""
+        raise NotImplementedError(f"{type(self).__name__} has no select")
+
+    def generator(self, ctx: ChoiceContext, *names: object) -> torch.Generator:
+        """Random numbers of this draw: the same seed, draw and names give the same ones anywhere."""
+        draw = ctx.step // self.every if self.every else 0
+        text = "/".join(str(part) for part in (ctx.seed, draw, *names))
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+
+# -- scores: one number for every entry, larger is picked first
+
+
+def _needed(value: Callable[[str], Tensor | None] | None, name: str, what: str) -> Tensor:
+    found = value(name) if value else None
+    if found is None:
+        raise LuthierError(
+            f"choice: no {what} for {name}: choose among parameters that the loss reaches, or another score"
+        )
+    return found.detach().float()
+
+
+def _lowrank(name: str, ctx: ChoiceContext, rank: int) -> Tensor:
+    w = _needed(ctx.weight, name, "weight")
+    if w.dim() < 2:
+        return w.abs()
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    return ((u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]).abs()
+
+
+SCORES: dict[str, Callable[[str, ChoiceContext, int], Tensor]] = {
+    "magnitude": lambda name, ctx, rank: _needed(ctx.weight, name, "weight").abs(),
+    "lowrank-magnitude": _lowrank,
+    "gradient": lambda name, ctx, rank: _needed(ctx.grad, name, "gradient").abs(),
+    "fisher": lambda name, ctx, rank: _needed(ctx.grad, name, "gradient").square(),
+    "movement": lambda name, ctx, rank: -_needed(ctx.weight, name, "weight") * _needed(ctx.grad, name, "gradient"),
+    "sensitivity": lambda name, ctx, rank: (
+        _needed(ctx.weight, name, "weight") * _needed(ctx.grad, name, "gradient")
+    ).abs(),
+}
+"""Name -> scores in the parameter's own shape. lowrank-magnitude: |W| after keeping `rank` singular directions;
+fisher: squared accumulated gradient; movement: −w·g, positive where w is moving away from zero; sensitivity: |w·g|."""
+WITH_GRADIENT = ("gradient", "fisher", "movement", "sensitivity")
+
+
+@dataclass(frozen=True)
+class Pick(Choice):
+    """The engine itself: the best units of every stratum by a score, within a budget, and what always moves besides.
+
+    Exactly one of fraction (of a stratum's units, rounded, at least one), count (units) and parameters (numbers; units
+    are taken in order while they fit) is stated.
+    """
+
+    score: str = "random"
+    """random, or a key of SCORES; of a unit it is the mean over its entries."""
+    granularity: Granularity = "tensor"
+    """part: a module's weight with its bias; head: rows of q, k, v or columns of o; expert: a module's or a slice."""
+    within: Strata = "whole"
+    """Each of these has the budget for itself; kind is attn, ffn, norm, embed, head …"""
+    fraction: float | None = None
+    count: int | None = None
+    parameters: int | None = None
+    of: tuple[str, ...] = ("all",)
+    """Roles (or their beginnings) and name patterns picked among."""
+    always: tuple[str, ...] = ()
+    """Roles and name patterns that move whole, outside the budget."""
+    largest: bool = True
+    rank: int = 16
+    """Singular directions kept by lowrank-magnitude."""
+    head_dim: int = 0
+    """Width of a head, for granularity head."""
+
+    def __post_init__(self) -> None:
+        if sum(v is not None for v in (self.fraction, self.count, self.parameters)) != 1:
+            raise ValueError("state exactly one of fraction, count and parameters")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {self.fraction}")
+        if self.score != "random" and self.score not in SCORES:
+            raise ValueError(f"no score is called '{self.score}'; there are random, {', '.join(SCORES)}")
+        if self.granularity == "head" and not self.head_dim:
+            raise ValueError("granularity head needs head_dim")
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.score in WITH_GRADIENT
+
+    def select(self, items: Items, ctx: ChoiceContext) -> Selection:
+        chosen: Selection = {n: None for n, s in items.items() if matches(n, s, self.always)}
+        pool = {n: s for n, s in items.items() if n not in chosen and matches(n, s, self.of)}
+        if not pool:
+            raise LuthierError(f"choice: {', '.join(self.of)} matches no parameter that is not already always chosen")
+        strata: dict[tuple[object, ...], dict[str, Site]] = {}
+        for name, site in pool.items():
+            strata.setdefault(stratum(name, site, self.within), {})[name] = site
+        for key, members in strata.items():
+            chosen |= self._within(key, members, ctx)
+        return chosen
+
+    def _within(self, key: tuple[object, ...], members: dict[str, Site], ctx: ChoiceContext) -> Selection:
+        """The choice in one stratum: units are numbered one after another over its parameters."""
+        if self.granularity in ("tensor", "part", "layer"):
+            groups: dict[str, list[str]] = {}
+            for name, site in members.items():
+                groups.setdefault(_group(name, site, self.granularity), []).append(name)
+            sizes = torch.tensor([sum(_numel(members[n]) for n in names) for names in groups.values()])
+            scores = self._scores(key, len(groups), lambda: [self._mean(names, ctx) for names in groups.values()], ctx)
+            taken = self._take(scores, sizes).tolist()
+            return {n: None for k, names in enumerate(groups.values()) if k in set(taken) for n in names}
+        tables = {n: layout(s, self.granularity, self.head_dim) for n, s in members.items()}
+        tables = {n: t for n, t in tables.items() if t is not None}
+        if not tables:
+            raise LuthierError(f"choice: no parameter of {', '.join(self.of)} is made of {self.granularity}s")
+        units = [t.shape[0] for t in tables.values()]
+        sizes = torch.cat([torch.full((t.shape[0],), t.shape[1]) for t in tables.values()])
+
+        def rows() -> list[Tensor]:
+            return [SCORES[self.score](n, ctx, self.rank).flatten().cpu()[t].mean(1) for n, t in tables.items()]
+
+        scores = self._scores(key, sum(units), rows, ctx)
+        taken = self._take(scores, sizes)
+        mask = torch.zeros(sum(units), dtype=torch.bool).index_fill(0, taken, True)
+        out: Selection = {}
+        for (name, table), mine in zip(tables.items(), mask.split(units), strict=True):
+            if mine.all() and table.numel() == _numel(members[name]):
+                out[name] = None
+            elif mine.any():
+                out[name] = table[mine].flatten().sort().values
+        return out
+
+    def _scores(
+        self, key: tuple[object, ...], units: int, rows: Callable[[], list[Tensor]], ctx: ChoiceContext
+    ) -> Tensor:
+        if self.score == "random":
+            return torch.rand(units, generator=self.generator(ctx, *key), dtype=torch.float64)
+        return torch.cat([r.reshape(-1) for r in rows()]) * (1 if self.largest else -1)
+
+    def _mean(self, names: list[str], ctx: ChoiceContext) -> Tensor:
+        both = [SCORES[self.score](n, ctx, self.rank) for n in names]
+        return torch.stack([b.sum() for b in both]).sum().cpu() / sum(b.numel() for b in both)
+
+    def _take(self, scores: Tensor, sizes: Tensor) -> Tensor:
+        """Units within the budget, best first; ties go to the earlier unit."""
+        n = len(scores)
+        if self.parameters is None:
+            k = self.count if self.count is not None else max(round((self.fraction or 0) * n), 1)
+            if k > n:
+                raise LuthierError(f"choice: {k} {self.granularity}s are asked for where there are {n}")
+            return scores.argsort(descending=True, stable=True)[:k]
+        order = scores.argsort(descending=True, stable=True)
+        return order[: int((sizes[order].cumsum(0) <= self.parameters).sum())]
+
+
+# -- strata, groups, layouts
+
+
+def matches(name: str, site: Site, patterns: tuple[str, ...]) -> bool:
+    """Whether a role (or its beginning) or a name pattern matches; 'all' matches everything."""
+    return any(q == "all" or f"{site.role}.".startswith(f"{q}.") or fnmatch(name, q) for q in patterns)
+
+
+def kind_of(site: Site) -> str:
+    """attn, ffn, norm, embed, head … : the first word of the role."""
+    return site.role.partition(".")[0]
+
+
+def layer_of(name: str, site: Site) -> str:
+    """The layer's own path, so that encoder and decoder layers differ; '' outside the layers."""
+    return "" if site.layer is None else f"{name.partition(f'.{site.layer}.')[0]}.{site.layer}"
+
+
+def stratum(name: str, site: Site, within: Strata) -> tuple[object, ...]:
+    """The stratum a parameter belongs to."""
+    return {
+        "whole": (),
+        "kind": (kind_of(site),),
+        "layer": (layer_of(name, site),),
+        "layer-kind": (layer_of(name, site), kind_of(site)),
+        "tensor": (name,),
+    }[within]
+
+
+def _group(name: str, site: Site, granularity: str) -> str:
+    if granularity == "part":
+        return f"{site.name}.{site.parameter}" if site.experts else site.name
+    return name if granularity == "tensor" else layer_of(name, site) or site.name
+
+
+def _numel(site: Site) -> int:
+    return int(torch.Size(site.shape).numel())
+
+
+def layout(site: Site, granularity: str, head_dim: int = 0) -> Tensor | None:
+    """Flat entries of a parameter by unit, [units, entries of each]; None where it has no such units."""
+    flat = torch.arange(_numel(site)).view(site.shape)
+    if granularity == "entry":
+        return flat.view(-1, 1)
+    if granularity == "expert":
+        return flat.flatten(1) if site.experts and flat.dim() > 1 else None
+    if flat.dim() != 2 or site.kind == "embedding" and granularity == "head":
+        return None
+    rows = flat.t() if site.kind == "conv1d" else flat  # [d_out, d_in]
+    if granularity == "head":
+        if site.role in ("attn.q", "attn.k", "attn.v"):
+            return rows.reshape(rows.shape[0] // head_dim, -1)
+        return rows.t().reshape(rows.shape[1] // head_dim, -1) if site.role == "attn.o" else None
+    return rows if granularity == "row" else rows.t()

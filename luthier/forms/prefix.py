@@ -1,0 +1,67 @@
+"""Deep prefix: learned keys and values before the others, in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from luthier.delta import FORMS, Form, No, Site, State
+
+
+@FORMS.add("prefix")
+@dataclass(frozen=True)
+class Prefix(Form):
+    """`length` extra keys and values [kv_heads, length, head_dim] per layer, without rotary positions.
+
+    Numbers: layers · 2 · length · kv_heads · head_dim. With `inner` they come out of a small network instead,
+    W₂ tanh(W₁ e + b₁) + b₂ for each of the `length` vectors e (our reading: one network per layer, where the first
+    implementations share one). Source: Liu et al. 2021 (P444); Li and Liang 2021.
+    """
+
+    length: int = 20
+    """Extra positions."""
+    shift_positions: bool = True
+    """Whether the text's positions start behind the prefix, as in PEFT."""
+    spread: float = 0.02
+    """Standard deviation of the start."""
+    inner: int = 0
+    """Width of the reparameterising network; 0 for none."""
+
+    paper: ClassVar[str] = "P444"
+    at: ClassVar[str] = "keys-values"
+    scope: ClassVar[str] = "layer"
+    sites: ClassVar[tuple[str, ...]] = ("attention",)
+    kinds: ClassVar[tuple[str, ...]] = ("attention",)
+    dense: ClassVar[bool | No] = No("adds keys and values; there is no weight change to fold")
+    identity: ClassVar[bool | No] = No("any key takes some of the attention")
+    scales: ClassVar[bool | No] = No("keys and values multiplied by 0 still take attention")
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.inner < 0:
+            raise ValueError(f"length must be at least 1 and inner at least 0, got {self.length} and {self.inner}")
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """The trained tensors."""
+        width = site.kv_heads * site.head_dim
+        if not self.inner:
+            return {"keys": (self.length, width), "values": (self.length, width)}
+        up = {"W2": (2 * width, self.inner), "b2": (2 * width,)}
+        return {"e": (self.length, width), "W1": (self.inner, width), "b1": (self.inner,), **up}
+
+    def build(self, site: Site, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {name: torch.randn(shape, generator=g) * self.spread for name, shape in self.shapes(site).items()}, {}
+
+    def extra(self, s: State) -> tuple[Tensor, Tensor]:
+        p, site = s.p, s.site
+        if self.inner:
+            both = torch.tanh(p["e"] @ p["W1"].t() + p["b1"]) @ p["W2"].t() + p["b2"]
+        else:
+            both = torch.cat([p["keys"], p["values"]], 1)
+        keys, values = both.view(self.length, 2, site.kv_heads, site.head_dim).unbind(1)
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def count(self, site: Site) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes(site).values())
