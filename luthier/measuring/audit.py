@@ -18,6 +18,7 @@ from luthier.measuring.sources import Prepared, prepare_checks
 from luthier.plan.schema import AuditSpec, DataSpec
 
 _DRIFT_PROMPTS = 64
+_OPENING = 8  # tokens of a guard's text from which the base writes on
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def audit(
                 check.name, check.kind, check.metric, check.items, was, now,
                 resamples=spec.resamples, samples=spec.samples, seed=seed,
             )  # fmt: skip
-        results[check.kind].append(replace(found, seconds=w.seconds + spent, cached=cached))
+        results[check.kind].append(replace(found, seconds=w.seconds + spent, cached=cached, dropped=check.dropped))
     moved = None
     if spec.drift_tokens:
         progress("drift")
@@ -103,7 +104,7 @@ def _base_side(base: Any, check: Prepared, spec: AuditSpec, folder: Path | None)
 
 def _drift(base: Any, switch: Switch, spec: AuditSpec, checks: Sequence[Prepared], seed: int) -> Drift | None:
     guards = [c for c in checks if c.kind == "guard"]
-    prompts = _spread([i.source for c in guards for i in c.items if i.source])
+    prompts = _spread([i.source or i.ids[:_OPENING] for c in guards for i in c.items])
     options: dict[str, Any] = {"kind": base.kind, "batch_size": spec.batch_size}
     if base.kind == "classify":
         rows = [Item(str(n), "", source=p) for n, p in enumerate(prompts or _spread([i.source for c in checks for i in c.items]))]
@@ -114,7 +115,7 @@ def _drift(base: Any, switch: Switch, spec: AuditSpec, checks: Sequence[Prepared
     if not begin:
         raise LuthierError("drift has nothing to start from: name a guard, or set audit.drift_tokens: 0")
     items = own_text(base.model, base.tokenizer, switch, begin, spec.drift_tokens, seed=seed, **options)
-    told = "the base's own answers to the guards' prompts" if prompts else "the base's own text from nothing"
+    told = "the base's own writing, begun as the guards' records begin" if prompts else "the base's own text from nothing"
     return drift(base.model, switch, items, source=told, resamples=spec.resamples, seed=seed, **options)
 
 

@@ -69,6 +69,7 @@ class CheckResult:
     undecided: dict[str, int]
     calibration: dict[str, float] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     cached: bool = False
 

@@ -44,19 +44,18 @@ def own_text(
 ) -> list[Item]:
     """Text sampled from the base at temperature 1, after each start in turn, until there are this many tokens. Only what
     the base wrote itself counts. Starts are used again when they are too few; each time the draw is another."""
-    from luthier.sampling.generate import generate
+    from luthier.sampling.generate import Sampling, generate
 
     if not starts:
         raise LuthierError("drift needs a text to start from: name a guard, or a tokenizer with a BOS or EOS token")
     out: list[Item] = []
     found, rounds = 0, 0
     with switch.off(), measured(model):
-        while found < tokens and rounds < max(1, -(-tokens // len(starts))):
+        while found < tokens:
             need = -(-(tokens - found) // _ANSWER)
             chunk = [list(start) for start in (list(starts) * (1 + need // len(starts)))[: max(need, 1)]]
-            written = generate(
-                model, tokenizer, chunk, max_new_tokens=_ANSWER, batch_size=batch_size, temperature=1.0, seed=seed + rounds
-            )
+            drawn = Sampling(temperature=1.0, seed=seed + rounds)
+            written = generate(model, tokenizer, chunk, _ANSWER, batch_size, sampling=drawn, keep_stop=True)
             before = found
             for start, text in zip(chunk, written, strict=True):
                 text = list(text)[: tokens - found]
@@ -64,8 +63,8 @@ def own_text(
                     out.append(_item(len(out), start, text, kind))
                     found += len(text)
             rounds += 1
-            if found == before and rounds > 3:
-                break  # a base that only ever ends at once has no text of its own here
+            if found == before:
+                break  # no room behind these starts
     return out
 
 

@@ -1,0 +1,136 @@
+"""From a plan's checks to items: records read, a metric chosen, prompts rendered as they were for training."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from luthier.data.read import read
+from luthier.data.records import example, recognise
+from luthier.errors import LuthierError
+from luthier.measuring.checks import ACCURACY, LOSS, PERPLEXITY, Kind, Metric
+from luthier.measuring.items import Item
+from luthier.measuring.rendering import Found, Rendering, expected
+from luthier.parts.verdict import Verdict
+from luthier.plan.schema import AuditSpec, CheckSpec, DataSpec, SourceSpec
+from luthier.sampling.verifiers import VERIFIERS, get_verifier
+
+_SEEN = 10_000  # records looked at when drawing the items of a check
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A check ready to be measured."""
+
+    name: str
+    kind: Kind
+    metric: Metric
+    items: list[Item]
+    max_new_tokens: int = 64
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Records that could not be measured, by reason."""
+
+
+def prepare_checks(base: Any, spec: AuditSpec, data: DataSpec | None = None, seed: int = 0) -> list[Prepared]:
+    """All checks of an audit, targets first; names are made unique."""
+    groups: list[tuple[Kind, list[CheckSpec]]] = [
+        ("target", spec.target), ("guard", spec.guards), ("shifted", spec.shifted),
+    ]  # fmt: skip
+    out: list[Prepared] = []
+    for kind, checks in groups:
+        for check in checks:
+            found = prepare_check(base, check, kind, items=spec.items, data=data, seed=seed)
+            taken = sum(p.name == found.name or p.name.startswith(f"{found.name} (") for p in out)
+            name = found.name if not taken else f"{found.name} ({taken + 1})"
+            out.append(replace(found, name=name))
+    return out
+
+
+def prepare_check(
+    base: Any, check: CheckSpec, kind: Kind, *, items: int = 100, data: DataSpec | None = None, seed: int = 0
+) -> Prepared:
+    """One check: at most `items` records of its source, drawn by seed and kept in their order."""
+    name = check.name or default_name(check.source)
+    found = drawn(_found(check.source), items, seed)
+    metric = choose_metric(check, base.kind, found)
+    settings = data.model_copy(update={"train": [check.source]}) if data else DataSpec(train=[check.source])
+    made, dropped = Rendering(base, settings).items(found, metric)
+    if not made:
+        told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the source is empty"
+        raise LuthierError(f"check '{name}' ({check.source.path}) has no record to measure on: {told}; state other records")
+    return Prepared(name, kind, metric, made, check.max_new_tokens, dropped)
+
+
+def default_name(source: SourceSpec) -> str:
+    """'translate', 'translate, shifted', 'gsm8k/test': what a reader would call the source."""
+    scheme, _, rest = source.path.partition(":")
+    if rest and scheme == "practice":
+        return rest.replace(",", " + ") + (f", {source.split}" if source.split == "shifted" else "")
+    path = PurePath(source.path)
+    return "/".join(part for part in (path.parent.name, path.name.partition(".")[0]) if part)
+
+
+def drawn(records: Iterator[Any], count: int, seed: int) -> list[Any]:
+    """A seeded draw from the first 10,000, in the order of the source: sorted files give no lopsided sample."""
+    seen = [record for record, _ in zip(records, range(_SEEN), strict=False)]
+    if len(seen) <= count:
+        return seen
+    chosen = np.random.default_rng(seed).choice(len(seen), count, replace=False)
+    return [seen[i] for i in sorted(chosen.tolist())]
+
+
+def _found(source: SourceSpec) -> Iterator[Found]:
+    for record in read(source):
+        form = recognise(record.fields, record.where) if source.format == "auto" else source.format
+        yield Found(record.fields, example(record, form))
+
+
+def choose_metric(check: CheckSpec, kind: str, found: Sequence[Found]) -> Metric:
+    """The metric a check names, or for `auto` the first that fits its records."""
+    name = check.metric
+    if name == "auto":
+        name = _automatic(check, kind, found)
+    known = {m.name: m for m in (LOSS, PERPLEXITY, ACCURACY)}
+    if name in known:
+        if check.metric_options:
+            raise LuthierError(f"metric '{name}' has no options: remove {', '.join(check.metric_options)}")
+        if known[name].needs == "label" and kind != "classify":
+            raise LuthierError(f"metric 'accuracy' needs a base of kind classify, not {kind}: use exact for answers")
+        return known[name]
+    return Metric(name, "answer", verify=_verifier(name, check.metric_options))
+
+
+def _automatic(check: CheckSpec, kind: str, found: Sequence[Found]) -> str:
+    if kind == "classify":
+        return "accuracy"
+    if check.source.path.partition(":")[0] == "practice":
+        return "practice"
+    if not found:
+        raise LuthierError(f"{check.source.path}: no record to choose a metric by; give its source records")
+    first = found[0].example
+    if first.text is not None and first.answer is None:
+        return "loss"
+    return "number" if "####" in (expected(first) or "") else "exact"
+
+
+def _verifier(name: str, options: dict[str, Any]) -> Callable[[dict[str, Any], str], Any]:
+    if name == "practice" and name not in VERIFIERS:  # it stands above this room and is reached by name only
+        return _practice(options)
+    return get_verifier(name, options)
+
+
+def _practice(options: dict[str, Any]) -> Callable[[dict[str, Any], str], Verdict]:
+    if options:
+        raise LuthierError(f"metric 'practice' has no options: remove {', '.join(options)}")
+    verify = importlib.import_module("luthier.practice.world").verify
+
+    def judged(record: dict[str, Any], response: str) -> Verdict:
+        said = verify(record, response)
+        return Verdict(said.reward, said.reason, said.decided)
+
+    return judged
