@@ -8,18 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from luthier.bases.locate import read_json
 from luthier.errors import LuthierError
 
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>", "<|endoftext|>")
 """Names under which vocabularies carry a pad token, in order of trust."""
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, padding on the right. LuthierError where there is none or it cannot be read."""
-    from transformers import AutoTokenizer
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes that are their tokenizer.json and nothing else."""
 
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, padding on the right. LuthierError where there is none or it cannot be read.
+
+    One that was saved as a plain pipeline is read as it stands: the automatic class may go by the model's family
+    instead and rebuild the pipeline, which splits text differently (seen with Qwen2).
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = folder / "tokenizer_config.json"
+    stated = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+    plain = stated in PLAIN and (folder / "tokenizer.json").is_file()
+    reader: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = reader.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code, padding_side="right"
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
