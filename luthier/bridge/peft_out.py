@@ -1,0 +1,322 @@
+"""From a delta to an adapter folder that PEFT reads, with the same logits; what PEFT cannot say is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from luthier.bridge.peft_in import PREFIX, ROWS
+from luthier.bridge.target import Target, target
+from luthier.delta import FORMS
+from luthier.delta.artefact import Delta, Piece
+from luthier.errors import LuthierError
+
+TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+Written = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def to_peft(
+    delta: Delta, folder: str | os.PathLike[str], *, base: Any = None, base_name: str | None = None, task: str = ""
+) -> Path:
+    """Writes adapter_config.json, adapter_model.safetensors and a card; gives the folder, which must be new or empty.
+
+    base: a model or what load_base gives; needed where the delta moves whole parameters or rows (PEFT stores values, not
+    differences), and used to shorten target_modules. base_name: what the adapter says it belongs to; default the delta's.
+    task: PEFT's task_type; default by the base's kind.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise LuthierError(f"{folder} is not empty: name another folder, or remove it")
+    on = None if base is None else target(base)
+    if not delta.pieces:
+        raise LuthierError("the delta has no piece: there is nothing to write")
+    config, tensors = _write(delta, on)
+    config |= {
+        "base_model_name_or_path": base_name or delta.base.get("name"),
+        "task_type": task or TASKS.get(delta.base.get("kind", "causal"), "CAUSAL_LM"),
+        "inference_mode": True,
+        "revision": delta.base.get("revision"),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        os.chmod(new, 0o755)
+        tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+        save_file(tensors, new / "adapter_model.safetensors", {"format": "pt"})
+        (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (new / "README.md").write_text(_card(delta, config), encoding="utf-8")
+        for name, content in delta.files.items():
+            (new / name).write_bytes(content)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(new, folder)
+    except OSError as e:
+        raise LuthierError(f"cannot write {folder}: {e.strerror or e}; nothing was left behind") from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def _write(delta: Delta, on: Target | None) -> Written:
+    kinds: dict[str, list[Piece]] = {}
+    for piece in delta.pieces:
+        kinds.setdefault(FORMS.name_of(type(piece.form)), []).append(piece)
+    base_kinds = {"dense", "entries"}
+    main = [k for k in kinds if k not in base_kinds]
+    if len(main) > 1:
+        raise LuthierError(
+            f"PEFT cannot hold {' and '.join(main)} in one adapter: export them apart (delta.only), or to hf"
+        )
+    kind = main[0] if main else "norm" if _only_norms(delta) else ""
+    if kind not in WRITERS:
+        raise LuthierError(
+            f"PEFT has no form for {kind or 'moved parameters alone'}: export to hf, or keep it as a delta"
+        )
+    config, tensors = WRITERS[kind](kinds.get(kind, []) or kinds["dense"], on)
+    if main:
+        for piece in kinds.get("dense", []):
+            _saved(piece, on, config, tensors)
+        for piece in kinds.get("entries", []):
+            _rows(piece, on, config, tensors)
+    elif len(kinds) > 1:
+        raise LuthierError("PEFT cannot hold single entries beside norms: export to hf, or keep it as a delta")
+    return config, tensors
+
+
+def _only_norms(delta: Delta) -> bool:
+    return all(site.kind == "norm" or site.role.startswith("norm") for q in delta.pieces for site in q.sites.values())
+
+
+def _lora(pieces: list[Piece], on: Target | None) -> Written:
+    ranks, alphas, tensors, kinds = {}, {}, {}, {}
+    forms: list[Any] = [piece.form for piece in pieces]
+    rslora = all(form.scaling == "rslora" for form in forms)
+    dora = "m" in next(iter(pieces[0].p.values()))
+    for piece, form in zip(pieces, forms, strict=True):
+        if dora and piece.scale != 1:
+            raise LuthierError(
+                f"piece '{piece.name}' is DoRA scaled by {piece.scale}, which PEFT cannot say: scale 1 only"
+            )
+        for name, site in piece.sites.items():
+            if name in ranks:
+                raise LuthierError(
+                    f"two pieces change {name}: PEFT's adapter holds one; export to hf, or merge them first"
+                )
+            if site.experts:
+                raise LuthierError(f"{name}: LoRA on fused experts is not written to PEFT yet: export to hf")
+            if piece.fixed[name] and not dora:
+                raise LuthierError(
+                    f"{name}: this start keeps {sorted(piece.fixed[name])}, which PEFT cannot hold: to hf"
+                )
+            r, scale = form.at_site(site)
+            ranks[name], kinds[name] = r, site.kind
+            alphas[name] = scale * piece.scale * (math.sqrt(r) if rslora else r)
+            table = site.kind == "embedding"
+            for key, end in (
+                (("A", "lora_embedding_A"), ("B", "lora_embedding_B"))
+                if table
+                else (
+                    ("A", "lora_A.weight"),
+                    ("B", "lora_B.weight"),
+                    ("m", "lora_magnitude_vector"),
+                )
+            ):
+                if key in piece.p[name]:
+                    tensors[f"{PREFIX}{name}.{end}"] = piece.p[name][key]
+    rank, alpha = (Counter(t.values()).most_common(1)[0][0] for t in (ranks, alphas))
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {f"^{re.escape(k)}": v for k, v in ranks.items() if v != rank},
+        "alpha_pattern": {f"^{re.escape(k)}": _plain(v) for k, v in alphas.items() if v != alpha},
+        "target_modules": short_names(list(ranks), on),
+        "lora_dropout": forms[0].dropout,
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "bias": "none",
+        "fan_in_fan_out": "conv1d" in kinds.values(),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    return config, tensors
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def short_names(names: list[str], on: Target | None) -> list[str]:
+    """target_modules: last components where, in this base, they mean exactly these modules; full names where not."""
+    leaves = sorted({n.rpartition(".")[2] for n in names})
+    if on is None:
+        return sorted(names)
+    meant = {n for n, _ in on.model.named_modules() if n.rpartition(".")[2] in leaves}
+    return leaves if meant == set(names) else sorted(names)
+
+
+def _tuned(piece: Piece, key: str, on: Target | None) -> Tensor:
+    if on is None:
+        raise LuthierError(f"piece '{piece.name}' moves {key} itself and PEFT stores values: state the base (--base)")
+    if piece.scale != 1:
+        raise LuthierError(f"piece '{piece.name}' is scaled by {piece.scale}: its values are not in the delta; to hf")
+    base = on.tensor(key).cpu()
+    return piece.form.edit(base, next(s for s in piece.states(lambda _: base) if s.site == piece.sites[key]))  # pyright: ignore
+
+
+def _saved(piece: Piece, on: Target | None, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if config["peft_type"] not in ("LORA", "IA3"):
+        raise LuthierError(f"PEFT's {config['peft_type']} holds no moved parameters ('{piece.name}'): export to hf")
+    if config["peft_type"] == "LORA" and all(key.endswith(".bias") for key in piece.sites):
+        config["bias"] = "all"
+        for key in piece.sites:
+            module = key.rpartition(".")[0]
+            wrapped = f"{PREFIX}{module}.lora_A.weight" in tensors
+            tensors[f"{PREFIX}{module}{'.base_layer' if wrapped else ''}.bias"] = _tuned(piece, key, on)
+        return
+    names = []
+    for key in piece.sites:
+        module, _, leaf = key.rpartition(".")
+        tensors[f"{PREFIX}{key}"] = _tuned(piece, key, on)
+        assert on is not None
+        for other in dict(on.model.get_submodule(module).named_parameters(recurse=False)):
+            if f"{module}.{other}" not in piece.sites:
+                tensors.setdefault(f"{PREFIX}{module}.{other}", on.tensor(f"{module}.{other}"))
+        names.append(module)
+    config["modules_to_save"] = sorted({*(config["modules_to_save"] or []), *short_names(sorted(set(names)), on)})
+
+
+def _rows(piece: Piece, on: Target | None, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if config["peft_type"] != "LORA":
+        raise LuthierError(f"PEFT's {config['peft_type']} holds no rows of embeddings ('{piece.name}'): export to hf")
+    stated: dict[str, list[int]] = {}
+    for key, site in piece.sites.items():
+        index = piece.fixed[key]["index"]
+        width = site.shape[-1]
+        ids = (index[::width] // width).tolist()
+        whole = site.kind == "embedding" and len(index) == len(ids) * width
+        if not whole or index.tolist() != [i * width + j for i in ids for j in range(width)]:
+            raise LuthierError(
+                f"piece '{piece.name}' moves single entries of {key}, which PEFT cannot hold: export to hf"
+            )
+        module = key.rpartition(".")[0]
+        tensors[f"{PREFIX}{module}.{ROWS}"] = _tuned(piece, key, on)[ids]
+        stated[module.rpartition(".")[2]] = ids
+    config["trainable_token_indices"] = stated
+
+
+def _norms(pieces: list[Piece], on: Target | None) -> Written:
+    tensors = {}
+    modules = sorted({key.rpartition(".")[0] for piece in pieces for key in piece.sites})
+    for piece in pieces:
+        for key in piece.sites:
+            module, _, leaf = key.rpartition(".")
+            tensors[f"{PREFIX}{module}.ln_tuning_layers.{leaf}"] = _tuned(piece, key, on)
+    assert on is not None
+    for module in modules:
+        for leaf in dict(on.model.get_submodule(module).named_parameters(recurse=False)):
+            tensors.setdefault(f"{PREFIX}{module}.ln_tuning_layers.{leaf}", on.tensor(f"{module}.{leaf}"))
+    return {"peft_type": "LN_TUNING", "target_modules": short_names(modules, on), "modules_to_save": None}, tensors
+
+
+def _ia3(pieces: list[Piece], on: Target | None) -> Written:
+    tensors, inner, kinds = {}, [], set()
+    for piece in pieces:
+        form: Any = piece.form
+        for name, s in zip(piece.sites, piece.states(), strict=True):
+            before = form.at_input(s.site)
+            vector = 1 + piece.scale * (s.p["l"] - 1)
+            key = f"{PREFIX}{name}.ia3_l"
+            if key in tensors:
+                raise LuthierError(
+                    f"two pieces scale {name}: PEFT's adapter holds one; export to hf, or merge them first"
+                )
+            tensors[key] = vector[None] if before else vector[:, None]
+            inner += [name] if before else []
+            kinds.add(s.site.kind)
+    names = [k.removeprefix(PREFIX).removesuffix(".ia3_l") for k in tensors]
+    config = {
+        "peft_type": "IA3",
+        "target_modules": short_names(names, on),
+        "feedforward_modules": short_names(inner, on) if inner else [],
+        "fan_in_fan_out": "conv1d" in kinds,
+        "init_ia3_weights": True,
+        "modules_to_save": None,
+    }
+    return config, tensors
+
+
+def _one(pieces: list[Piece]) -> Piece:
+    if len(pieces) > 1:
+        raise LuthierError(
+            f"{len(pieces)} pieces of one form stand before the text, PEFT's adapter holds one: export one"
+        )
+    return pieces[0]
+
+
+def _prompt(pieces: list[Piece], on: Target | None) -> Written:
+    (state,) = _one(pieces).states()
+    table = state.p["embeddings"]
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(table), "token_dim": table.shape[1]}
+    config |= {"num_transformer_submodules": 1, "num_layers": state.site.layers or None, "num_attention_heads": None}
+    return config, {"prompt_embeddings": table}
+
+
+def _prefix(pieces: list[Piece], on: Target | None) -> Written:
+    piece = _one(pieces)
+    if not piece.form.shift_positions:  # pyright: ignore[reportAttributeAccessIssue]
+        raise LuthierError(
+            "this prefix leaves the text's positions unshifted, PEFT always shifts them: keep it as a delta"
+        )
+    rows = []
+    for s in sorted(piece.states(), key=lambda s: s.site.layer or 0):
+        extra = piece.form.extra(s)
+        assert isinstance(extra, tuple)
+        rows += [t.transpose(0, 1).flatten(1) for t in extra]  # [length, kv_heads · head_dim]
+    site = next(iter(piece.sites.values()))
+    if len(rows) != 2 * site.layers:
+        raise LuthierError(
+            f"this prefix is on {len(rows) // 2} of {site.layers} layers, PEFT's is on all: keep it as a delta"
+        )
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": len(rows[0]),
+        "token_dim": site.kv_heads * site.head_dim,
+        "num_attention_heads": site.kv_heads,
+        "num_layers": site.layers,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+        "encoder_hidden_size": site.kv_heads * site.head_dim,
+    }
+    return config, {"prompt_embeddings": torch.cat(rows, 1)}
+
+
+WRITERS: dict[str, Callable[[list[Piece], Target | None], Written]] = {
+    "lora": _lora,
+    "dora": _lora,
+    "ia3": _ia3,
+    "prompt": _prompt,
+    "prefix": _prefix,
+    "norm": _norms,
+}
+"""Form -> writer."""
+
+
+def _card(delta: Delta, config: dict[str, Any]) -> str:
+    name = config["base_model_name_or_path"] or "unknown"
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {name}\n---\n\n# {config['peft_type']} adapter for {name}\n\n"
+        f"Written by luthier; base fingerprint `{delta.base.get('fingerprint', 'unknown')}`, {delta.count():,} numbers.\n"
+    )

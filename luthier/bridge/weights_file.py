@@ -1,0 +1,53 @@
+"""Reading safetensors with one clear line for each way in which that fails; pickles are never opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from luthier.errors import LuthierError
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file."""
+    if not path.exists():
+        pickles = [p.name for q in PICKLES for p in path.parent.glob(q) if p.name != "training_args.bin"]
+        if pickles:
+            raise LuthierError(
+                f"{path.parent} holds pickled weights only ({pickles[0]}), which can run code when read and are refused: "
+                "load them where you trust them and save with safe_serialization=True"
+            )
+        raise LuthierError(f"{path} is missing: the folder is incomplete; copy it again")
+    try:
+        with safe_open(path, "pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise LuthierError(f"{path} is truncated or altered ({e}): copy it again") from e
+
+
+def index_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, over the shards of a checkpoint folder; a shard that its index names must be there."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        table: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        lost = sorted({f for f in table.values() if not (folder / f).exists()})
+        if lost:
+            raise LuthierError(f"{folder} lacks {lost[0]} ({len(lost)} shards missing): copy it again")
+        files = sorted({folder / f for f in table.values()})
+    if not files:
+        read_safetensors(folder / "model.safetensors")  # raises with the reason
+    places: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:
+                places |= dict.fromkeys(f.keys(), file)
+        except (SafetensorError, OSError) as e:
+            raise LuthierError(f"{file} is truncated or altered ({e}): copy it again") from e
+    return places

@@ -1,0 +1,105 @@
+"""PEFT folders written by PEFT itself give the same logits here, and ours give the same logits there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from luthier.bridge.peft import from_peft, to_peft
+from luthier.bridge.target import logits_of
+from luthier.delta.artefact import Delta
+from tests.tiny import tiny, tiny_ids
+
+# PEFT warns of its own defaults and uses names that transformers will drop; none of that is ours.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
+
+C = {"task_type": "CAUSAL_LM"}
+CASES: dict[str, tuple[str, Any]] = {
+    "lora-all-linear": ("llama", lambda: peft.LoraConfig(**C, target_modules="all-linear", r=4, lora_alpha=6)),
+    "lora-patterns": (
+        "llama",
+        lambda: peft.LoraConfig(
+            **C,
+            target_modules=["q_proj", "down_proj"],
+            r=4,
+            rank_pattern={"layers.0.self_attn.q_proj": 2, r"down_proj": 3},
+            alpha_pattern={r".*\.1\.mlp\.down_proj": 9},
+        ),
+    ),
+    "lora-rslora": ("qwen2", lambda: peft.LoraConfig(**C, target_modules=["q_proj", "v_proj"], r=9, use_rslora=True)),
+    "lora-regex": ("llama", lambda: peft.LoraConfig(**C, target_modules=r".*\.1\..*(k|o)_proj", r=3)),
+    "lora-layers": ("llama", lambda: peft.LoraConfig(**C, target_modules=["up_proj"], layers_to_transform=[1])),
+    "lora-exclude": (
+        "llama",
+        lambda: peft.LoraConfig(**C, target_modules=["up_proj"], exclude_modules=["layers.0.mlp.up_proj"]),
+    ),
+    "lora-conv1d": ("gpt2", lambda: peft.LoraConfig(**C, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "lora-embedding": ("gpt2", lambda: peft.LoraConfig(**C, target_modules=["wte", "c_fc"], fan_in_fan_out=True)),
+    "lora-head-saved": (
+        "llama",
+        lambda: peft.LoraConfig(**C, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    ),
+    "lora-bias": ("qwen2", lambda: peft.LoraConfig(**C, target_modules=["q_proj"], bias="all")),
+    "lora-tokens": (
+        "llama",
+        lambda: peft.LoraConfig(**C, target_modules=["q_proj"], trainable_token_indices=[9, 5]),
+    ),
+    "lora-t5": ("t5", lambda: peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wo"])),
+    "lora-bert": ("bert", lambda: peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])),
+    "dora": ("llama", lambda: peft.LoraConfig(**C, target_modules=["q_proj", "down_proj"], r=3, use_dora=True)),
+    "dora-bias": ("qwen2", lambda: peft.LoraConfig(**C, target_modules=["q_proj", "k_proj"], use_dora=True)),
+    "dora-conv1d": ("gpt2", lambda: peft.LoraConfig(**C, target_modules=["c_fc"], use_dora=True, fan_in_fan_out=True)),
+    "ia3": ("llama", lambda: peft.IA3Config(**C)),
+    "ia3-bias": ("qwen2", lambda: peft.IA3Config(**C)),
+    "ia3-conv1d": ("gpt2", lambda: peft.IA3Config(**C, fan_in_fan_out=True)),
+    "prompt": ("llama", lambda: peft.PromptTuningConfig(**C, num_virtual_tokens=4)),
+    "prompt-absolute": ("gpt2", lambda: peft.PromptTuningConfig(**C, num_virtual_tokens=3)),
+    "prefix": ("llama", lambda: peft.PrefixTuningConfig(**C, num_virtual_tokens=4)),
+    "prefix-absolute": ("gpt2", lambda: peft.PrefixTuningConfig(**C, num_virtual_tokens=4)),
+    "ln": ("llama", lambda: peft.LNTuningConfig(**C)),
+    "ln-bias": ("gpt2", lambda: peft.LNTuningConfig(**C, target_modules=["ln_1", "ln_2", "ln_f"])),
+}
+
+
+def written(tmp_path: Path, family: str, config: Any, **settings: Any) -> tuple[Path, torch.Tensor]:
+    """A folder by PEFT with every trained number disturbed, and the model's logits."""
+    model = peft.get_peft_model(tiny(family, **settings), config)
+    g = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.3 * torch.randn(p.shape, generator=g))
+    model.eval().save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", ask(model)
+
+
+def ask(model: Any) -> torch.Tensor:
+    ids = tiny_ids()
+    pair = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **pair).logits[:, -ids.shape[1] :]  # a soft prompt's own positions come first
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways(tmp_path: Path, case: str) -> None:
+    family, config = CASES[case]
+    folder, theirs = written(tmp_path, family, config())
+    base = tiny(family)
+    untouched = logits_of(base)(tiny_ids())
+    delta = from_peft(folder, base)
+    assert torch.equal(logits_of(base)(tiny_ids()), untouched)
+    handle = delta.apply(base)
+    ours = logits_of(base)(tiny_ids())
+    assert (ours - untouched).abs().max() > 1e-2
+    assert (ours - theirs).abs().max() <= 1e-5
+    handle.detach()
+
+    delta.save(tmp_path / "delta")
+    again = Delta.load(tmp_path / "delta")
+    to_peft(again, tmp_path / "ours", base=base)
+    model = tiny(family)
+    back = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours")).eval()
+    assert (ask(back) - theirs).abs().max() <= 1e-5
