@@ -13,6 +13,7 @@ from typing import Any
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training import certificate, checkpoint
+from luthier.training.feed import Feed, all_ready
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, evaluate
 from luthier.training.pieces import Pieces
@@ -23,7 +24,7 @@ from luthier.training.view import Batch
 class Events:
     """The loop's callback. User callbacks are called as `callback(event, loop)` with event begin, step, eval, save or end."""
 
-    def __init__(self, plan: Plan, pieces: Pieces, data: Any, out: Path, batches: Any, progress: bool) -> None:
+    def __init__(self, plan: Plan, pieces: Pieces, data: Any, out: Path, batches: Feed, progress: bool) -> None:
         self.plan, self.pieces, self.data, self.out, self.batches = plan, pieces, data, out, batches
         self.show = progress
         self.asked: str | None = None
@@ -48,7 +49,11 @@ class Events:
     def close(self, loop: Loop) -> None:
         """The last evaluation, the best delta if asked for, trackers and bar closed."""
         state = loop.progress
-        if self.data.has_eval and state.stopped is None and (not state.evals or state.evals[-1]["step"] != state.step):
+        if (
+            self.data.eval is not None
+            and state.stopped is None
+            and (not state.evals or state.evals[-1]["step"] != state.step)
+        ):
             self._evaluate(loop)
         if self.plan.train.keep_best and self.best_tensors is not None:
             checkpoint.put_back(loop.handle, self.best_tensors)
@@ -61,7 +66,7 @@ class Events:
         train, state = self.plan.train, loop.progress
         if state.step % train.log_every == 0 or state.step == loop.steps:
             self._log(loop, {k: v for k, v in state.curve[-1].items() if k != "step"})
-        if train.eval_every and state.step % train.eval_every == 0 and self.data.has_eval:
+        if train.eval_every and state.step % train.eval_every == 0 and self.data.eval is not None:
             self._evaluate(loop)
         if state.step < loop.steps and self.pieces.draw(state.step):
             loop.machine.wrap()
@@ -99,7 +104,8 @@ class Events:
     def _evaluate(self, loop: Loop) -> None:
         train, state = self.plan.train, loop.progress
         size = train.eval_batch_size or train.batch_size
-        loss = evaluate(loop, self.data.eval_batches(size, rank=loop.machine.rank, world=loop.machine.world))
+        held_out = self.data.eval_batches(size, loop.machine.rank, loop.machine.world)
+        loss = evaluate(loop, all_ready(held_out, self.pieces.base, loop.machine.compute))
         state.evals.append({"step": state.step, "loss": loss})
         self._log(loop, {"eval_loss": loss})
         self.tell("eval", loop)

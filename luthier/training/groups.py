@@ -64,7 +64,7 @@ def make_optimiser(
     names: dict[str, nn.Parameter] = {}
     for piece, rows in handle.trained().items():
         own = rates.get(piece, Rates())
-        for name, parameter in rows:
+        for name, parameter in sorted(rows, key=lambda row: row[0]):  # sums of norms depend on the order; a resume has it too
             decay = train.weight_decay if own.weight_decay is None else own.weight_decay
             key = (own.lr or train.lr, decay if parameter.dim() > 1 else 0.0)
             groups.setdefault(key, []).append(parameter)

@@ -46,18 +46,19 @@ class Loop:
     optimiser: Optimiser
     objective: Callable[[View], tuple[Any, Any]]
     view: Callable[[Batch], View]
-    next_batch: Callable[[], Batch | None]
+    next_step: Callable[[], list[Batch]]
+    """The micro-batches of the next step: spec.accumulate of them, fewer at the end of an epoch."""
     progress: Progress
     on_step: Callable[[Loop], bool]
     """Called after every step: redraws, evaluates, logs, saves; True ends the run."""
     on_non_finite: Callable[[Loop, list[Batch], float], None]
 
 
-def gradients(loop: Loop, batches: list[Batch | None]) -> tuple[float, float]:
+def gradients(loop: Loop, batches: list[Batch]) -> tuple[float, float]:
     """Sum of losses and weights over `batches`, with gradients of (sum / weight) left in the parameters.
 
     Losses are summed, not averaged, and divided by the weight of the whole step over all processes: k small batches
-    give the gradient of one large batch, whatever their lengths. A process without a batch takes part with zero.
+    give the gradient of one large batch, whatever their lengths.
     """
     total, weight = 0.0, 0.0
     for k, batch in enumerate(batches):
@@ -76,12 +77,17 @@ def gradients(loop: Loop, batches: list[Batch | None]) -> tuple[float, float]:
     return total, weight
 
 
+def tokens_in(batch: Batch) -> int:
+    """Tokens of text in a batch: no padding; none in a batch that only keeps processes in step."""
+    return int(batch["attention_mask"].sum()) if batch["where"] else 0
+
+
 def train(loop: Loop) -> Progress:
     """Runs until the steps are done, the data ends or an event stops it."""
     spec, state = loop.spec, loop.progress
     started = time.perf_counter() - state.seconds
     while state.step < loop.steps and state.stopped is None:
-        batches = [loop.next_batch() for _ in range(spec.accumulate)]
+        batches = loop.next_step()
         rate = factor(state.step, loop.steps, spec.schedule, spec.warmup, spec.min_lr)
         loop.optimiser.set_rate(rate)
         loop.handle.ctx.step = state.step
@@ -93,10 +99,10 @@ def train(loop: Loop) -> Progress:
             loop.handle.after_step()
         else:
             state.skipped += 1
-            loop.on_non_finite(loop, [b for b in batches if b is not None], loss)
+            loop.on_non_finite(loop, batches, loss)
         loop.optimiser.torch.zero_grad(set_to_none=True)
         state.step += 1
-        state.tokens += loop.machine.count(sum(int(b["tokens"]) for b in batches if b is not None))
+        state.tokens += loop.machine.count(sum(tokens_in(b) for b in batches))
         state.supervised += weight
         state.seconds = time.perf_counter() - started
         lr = loop.optimiser.torch.param_groups[0]["lr"]

@@ -38,6 +38,11 @@ class Machine:
         return self.accelerator.device
 
     @property
+    def compute(self) -> torch.dtype:
+        """Type of the activations."""
+        return getattr(torch, self.precision.base)
+
+    @property
     def world(self) -> int:
         return self.accelerator.num_processes
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.attach import Attached
-from luthier.attach.sites import parameter_items, sites_of
+from luthier.attach.sites import parameter_items, sites_for
 from luthier.bases.load import Base
 from luthier.choices.engine import ChoiceContext
 from luthier.delta import CHOICES, FORMS, Site
@@ -49,7 +49,7 @@ class Pieces:
 
     def attach(self, specs: Iterable[DeltaSpec]) -> None:
         """Builds the forms and makes the first draw of the choices; names are made unique."""
-        self.sites = parameter_items(self.base.roles)
+        self.sites = parameter_items(self.base.roles, self.base.model)
         taken: set[str] = set(self.handle.pieces)
         for spec in specs:
             name = stem = spec.name or spec.form or spec.choice or ""
@@ -74,8 +74,7 @@ class Pieces:
                 )
             piece.name = name
         else:
-            patterns = spec.sites or list(form.sites)
-            sites = sites_of(self.base.roles, patterns, spec.except_, spec.layers, form.kinds)
+            sites = sites_for(self.base.roles, form, spec.sites, spec.except_, spec.layers)
             piece = self.handle.build(name, form, sites, self.seed)
         self.handle.add(piece, train=True)
 

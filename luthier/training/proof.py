@@ -12,9 +12,11 @@ import torch
 from luthier.bases.fingerprint import compare
 from luthier.bases.hardware import peak_memory
 from luthier.bases.load import Base
+from luthier.data.collate import Collate
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.training import checkpoint
+from luthier.training.feed import ready
 from luthier.training.loop import gradients
 from luthier.training.view import Batch
 
@@ -35,31 +37,9 @@ def same_base(delta: Delta, base: Base) -> None:
 
 
 def longest_batch(training: Training) -> Batch:
-    """A made-up batch of the full size at the longest length the data may have, its share of supervised tokens kept."""
-    data, model = training.data, training.base.model
-    size, length = training.plan.train.batch_size, max(data.longest, 2)
-    g = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (size, length), generator=g)
-    batch: Batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "tokens": size * length,
-        "where": ["rehearsal"] * size,
-    }
-    if training.base.kind == "classify":
-        batch["labels"] = torch.zeros(size, dtype=torch.long)
-        return batch
-    weights = torch.zeros(size, length)
-    weights[:, length - max(1, round(length * data.supervised_share)) :] = 1.0
-    weights[:, 0] = 0.0
-    if training.base.kind == "seq2seq":
-        batch |= {"labels": ids, "weights": weights, "decoder_input_ids": ids}
-        return batch
-    batch |= {"weights": weights, "position_ids": torch.arange(length).expand(size, -1)}
-    if training.plan.data.packing:
-        batch["segments"] = torch.ones_like(ids)
-    return training.data.finish(batch)
+    """The largest batch that the data may bring."""
+    size = training.plan.train.batch_size
+    return ready(training.data.longest_batch(size), training.base, training.machine.compute)
 
 
 def rehearse(training: Training) -> dict[str, Any]:
@@ -118,41 +98,50 @@ def _room_for(folder: Path, size: int) -> None:
 def known_answers(training: Training) -> dict[str, Any]:
     """Things whose answer is known, tried on this model and these records: each with what came out."""
     out: dict[str, Any] = {}
-    rows = training.data.sample(3)
-    if training.machine.world > 1 or len(rows) < 2 or training.base.kind == "classify":
+    rows = first_rows(training.data, 3)
+    if training.machine.world > 1 or len(rows) < 2:
         return out
-    model = training.base.model
-    model.eval()
-    out["small_batches_equal_one_large"] = _accumulation(training, rows)
+    training.base.model.eval()
+    out["small batches = one large"] = _accumulation(training, rows)
     if training.plan.data.packing:
-        out["packed_equals_unpacked"] = _packing(training, rows)
+        out["packed = unpacked"] = _packing(training, rows)
     return out
+
+
+def first_rows(data: Any, n: int) -> list[Any]:
+    """The first rows of the data, read so far or stored."""
+    return list(data.window[:n]) if data.train is None else [data.train[i] for i in range(min(n, len(data.train)))]
+
+
+def _batch(training: Training, lines: list[list[Any]], packed: bool = False) -> Batch:
+    data = training.data
+    return ready(Collate(data.pad_id, data.kind, packed)(lines), training.base, training.machine.compute)
 
 
 def _accumulation(training: Training, rows: list[Any]) -> dict[str, Any]:
     """Rows of unequal length, one at a time and together, give the same gradient."""
-    loop, data = training.loop, training.data
+    loop = training.loop
 
     def gradient(batches: list[Batch]) -> torch.Tensor:
-        gradients(loop, [*batches])
+        gradients(loop, batches)
         flat = torch.cat([p.grad.flatten().float() for p in loop.optimiser.names.values() if p.grad is not None])
         loop.optimiser.torch.zero_grad(set_to_none=True)
         return flat
 
-    states = checkpoint.random_states()
-    together = gradient([data.collate(rows)])
-    apart = gradient([data.collate([row]) for row in rows])
-    checkpoint.set_random_states(states)
+    together = gradient([_batch(training, [[row] for row in rows])])
+    apart = gradient([_batch(training, [[row]]) for row in rows])
     return _verdict("k small batches and one large batch", apart, together, training)
 
 
 def _packing(training: Training, rows: list[Any]) -> dict[str, Any]:
     """Records in one packed row give the log-probabilities they give alone."""
-    data, loop = training.data, training.loop
+
+    def logprobs(batch: Batch) -> torch.Tensor:
+        return training.loop.view(training.machine.to_device(batch)).logprobs
+
     with torch.no_grad(), training.machine.precision.context(training.machine.device):
-        view = lambda batch: loop.view(training.machine.to_device(batch)).logprobs  # noqa: E731
-        packed = view(data.collate_packed(rows))
-        alone = torch.cat([view(data.collate([row])) for row in rows])
+        packed = logprobs(_batch(training, [rows], packed=True))
+        alone = torch.cat([logprobs(_batch(training, [[row]])) for row in rows])
     return _verdict("packed and unpacked records", packed, alone, training)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training import certificate, checkpoint, proof
 from luthier.training.events import Events
+from luthier.training.feed import Feed
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
 from luthier.training.machine import Machine, make_accelerator
@@ -142,8 +144,6 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     def view(batch: Any) -> View:
         return View(machine.model, batch, selector, base.kind)
 
-    if pieces.needs_gradients:
-        _score(plan, pieces, data, machine, objective, view)
     found = checkpoint.latest(out / "checkpoints") if resume else None
     if resume and found is None:
         raise LuthierError(f"nothing to resume in {out / 'checkpoints'}: run without --resume, or set checkpoint.every")
@@ -153,14 +153,16 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         pieces.load_state(state["choices"], checkpoint.selections_in(tensors))
         checkpoint.put_back(handle, tensors)
     else:
+        if pieces.needs_gradients:
+            _score(plan, pieces, data, machine, objective, view)
         pieces.draw(0)
     machine.wrap()
     optimiser = make_optimiser(handle, plan.train, pieces.rates)
-    batches = data.batches(plan.train.batch_size, rank=machine.rank, world=machine.world)
-    steps = plan.train.steps or data.steps(
-        plan.train.batch_size, plan.train.accumulate, machine.world, plan.train.epochs
+    feed = Feed(
+        base, data.batches(plan.train.batch_size, machine.rank, machine.world), plan.train.accumulate, machine.compute
     )
-    events = Events(plan, pieces, data, out, batches, progress)
+    steps = _steps(plan, data, machine.world)
+    events = Events(plan, pieces, data, out, feed, progress)
     loop = Loop(
         plan.train,
         steps,
@@ -169,7 +171,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         optimiser,
         objective,
         view,
-        lambda: next(batches),
+        feed.step,
         Progress(),
         events.on_step,
         events.on_non_finite,
@@ -190,15 +192,24 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         optimiser.load({k.removeprefix("optimiser|"): v for k, v in tensors.items() if k.startswith("optimiser|")})
         loop.progress = Progress(**state["progress"])
         events.best_tensors = {k.removeprefix("best|"): v for k, v in tensors.items() if k.startswith("best|")} or None
-        batches.load_state_dict(state["data"])
+        feed.load_state_dict(state["data"])
         checkpoint.set_random_states(state["random"][machine.rank])
-        training.record["resume_certificate"] = certificate.check(loop, batches, state)
+        training.record["resume_certificate"] = certificate.check(loop, feed, state)
     events.begin(loop)
     return training
 
 
+def _steps(plan: Plan, data: Any, world: int) -> int:
+    if plan.train.steps:
+        return plan.train.steps
+    epoch = data.steps_per_epoch(plan.train.batch_size, plan.train.accumulate, world)
+    if epoch is None:
+        raise LuthierError("a streamed and packed run has no known length: state train.steps")
+    return max(1, math.ceil(plan.train.epochs * epoch))
+
+
 def _score(plan: Plan, pieces: Pieces, data: Any, machine: Machine, objective: Any, view: Any) -> None:
-    batches = data.batches(plan.train.batch_size, rank=0, world=1)
+    batches = Feed(pieces.base, data.batches(plan.train.batch_size), 1, machine.compute)
     device = machine.device
 
     def micro(batch: Any) -> torch.Tensor:

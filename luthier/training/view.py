@@ -46,7 +46,8 @@ class View:
     """A batch on a model. Attributes are computed when first read.
 
     Decoder-only: `batch` has input_ids [B, T], attention_mask, position_ids, weights [B, T] (of predicting that token)
-    and `segments` when packed. Sequence-to-sequence: decoder_input_ids and decoder weights too. Classification: labels.
+    and `segments` with `mask_4d` when packed. Sequence-to-sequence: target_ids [B, S] with their weights and
+    decoder_input_ids. Classification: labels and label_weights.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, selector: HeadSelector | None, kind: str = "causal") -> None:
@@ -55,7 +56,7 @@ class View:
     @cached_property
     def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.kind == "seq2seq":
-            weights, tokens, shift = self.batch["weights"], self.batch["labels"], 0
+            weights, tokens, shift = self.batch["weights"], self.batch["target_ids"], 0
         else:
             weights, tokens, shift = self.batch["weights"][:, 1:], self.batch["input_ids"][:, 1:], 1
         rows, columns = torch.nonzero(weights, as_tuple=True)
@@ -121,5 +122,4 @@ class View:
     @property
     def record_weights(self) -> Tensor:
         """[B] loss weight of each record."""
-        labels = self.batch["labels"]
-        return self.batch.get("record_weights", torch.ones(len(labels), device=labels.device))
+        return self.batch["label_weights"]

@@ -1,0 +1,235 @@
+"""tune: a plan in, a delta out, with what it gained and what it cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.attach.weights import module_at
+from luthier.bases.fingerprint import base_tensors
+from luthier.delta import No
+from luthier.delta.artefact import Delta
+from luthier.delta.probes import check_probes, record_probes
+from luthier.delta.seals import seals_of
+from luthier.errors import LuthierError
+from luthier.measuring.audit import Audit, audit
+from luthier.measuring.cost import folder_bytes
+from luthier.measuring.norms import Change, norms
+from luthier.measuring.report import write_report
+from luthier.plan import Plan
+from luthier.plan.load import load_plan
+from luthier.training.certificate import versions
+from luthier.training.lock import locked
+from luthier.training.run import Training, build, plain, signals
+
+
+@dataclass
+class Run:
+    """What a tune gave: the delta, where it lies, and the report as a dictionary."""
+
+    delta: Delta
+    out: Path
+    report: dict[str, Any]
+    stopped: str | None = None
+    """Why it ended before its last step, if it did."""
+
+    @property
+    def verdict(self) -> str:
+        """What was gained and lost, in one line."""
+        return (self.report.get("audit") or {}).get("verdict", "not measured")
+
+
+def tune(
+    plan: Plan | dict[str, Any] | str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    out: str | os.PathLike[str] = "out",
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Any:
+    """Trains the plan's deltas on its base and data, and measures before and after.
+
+    plan: a Plan, its dictionary, or a YAML file; `overrides` are 'key.path=value'. out: folder for the delta,
+    checkpoints and report; one in use is refused. resume: goes on from its newest checkpoint. dry_run: nothing is
+    loaded or trained; gives what would happen (see verbs.dry_run). Gives a Run. A run that was asked to stop (Ctrl-C,
+    SIGTERM) has saved a checkpoint and gives a Run with `stopped` set, without measurements.
+    """
+    plan = load_plan(plan, overrides)
+    if dry_run:
+        from luthier.verbs.dry_run import dry_run as predict
+
+        return predict(plan)
+    folder = Path(out)
+    with locked(folder):
+        if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+            raise LuthierError(
+                f"{folder} holds checkpoints of an earlier run: add --resume to go on, or choose another --out"
+            )
+        training = build(plan, folder, resume=resume, progress=progress)
+        with signals(training.events.stop):
+            state = training.train()
+        if state.stopped and not state.stopped.startswith("early"):
+            return Run(training.delta(), folder, {}, state.stopped)
+        return _finish(training, folder)
+
+
+def _finish(training: Training, folder: Path) -> Run:
+    """Seals, probes, the delta on disk, the audit and the report."""
+    delta = training.delta()
+    base, handle, plan = training.base, training.handle, training.plan
+    delta.seals = seals_of(handle)
+    if base.kind == "causal":
+        delta.probes = _probes(training)
+    if not training.machine.first:
+        return Run(delta, folder, {})
+    delta.files |= _tokenizer_files(training)
+    delta.save(folder)
+    found = Audit()
+    if plan.audit.enabled and training.machine.world == 1:
+        found = audit(base, handle, plan.audit, data=plan.data, seed=plan.train.seed)
+    report = _report(training, delta, found, folder)
+    delta.audit = {k: report["audit"][k] for k in ("verdict",) if k in report["audit"]}
+    delta.save(folder)
+    write_report(folder, report)
+    if plan.push_to:
+        push(folder, plan.push_to)
+    return Run(delta, folder, report, training.loop.progress.stopped)
+
+
+def _logits(model: Any) -> Any:
+    @torch.no_grad()
+    def run(ids: Tensor) -> Tensor:
+        return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+
+    return run
+
+
+def _probes(training: Training) -> dict[str, Tensor]:
+    """Base and tuned logits on fixed inputs, and on the beginnings of the first records."""
+    from luthier.training.proof import first_rows
+
+    model, handle = training.base.model, training.handle
+    model.eval()
+    run = _logits(model)
+
+    def off(ids: Tensor) -> Tensor:
+        with handle.off():
+            return run(ids)
+
+    prompts = [row.ids.tolist()[:20] for row in first_rows(training.data, 3)]
+    with training.machine.precision.context(training.machine.device):
+        return record_probes(off, run, training.base.tokenizer, prompts, training.plan.train.seed)
+
+
+def _changes(training: Training) -> Iterator[Change]:
+    """Every site's change, for the norms; a form without a weight change says so."""
+    handle, model = training.handle, training.base.model
+    for name, placed in handle.placed.items():
+        for q in placed:
+            site = q.state.site
+            weight = getattr(module_at(model, site.name), site.parameter, None) if site.name else None
+            base = weight.detach() if isinstance(weight, Tensor) else None
+            change: Any = q.form.dense if isinstance(q.form.dense, No) else q.form.delta(q.state)
+            if isinstance(change, No) or "weight" not in change:
+                reason = change.reason if isinstance(change, No) else "changes no weight"
+                yield Change(f"{name}:{site.name}", site.role, site.layer, None, None, reason)
+            else:
+                yield Change(f"{name}:{site.name}", site.role, site.layer, change["weight"].detach() * q.scale, base)
+    for name, table in handle.edits.items():
+        for key, edit in table.items():
+            site = training.pieces.sites[key]
+            yield Change(
+                f"{name}:{key}",
+                site.role,
+                site.layer,
+                edit.parameter.detach().float() - edit.original.float(),
+                edit.original,
+            )
+
+
+def _report(training: Training, delta: Delta, found: Audit, folder: Path) -> dict[str, Any]:
+    base, state, record = training.base, training.loop.progress, training.record
+    parameters = sum(t.numel() for _, t in base_tensors(base.model))
+    moved = delta.count()
+    progress = plain(state)
+    proof: dict[str, Any] = {
+        "fingerprints": {k: delta.base.get(k) for k in ("fingerprint", "tokenizer", "template")}
+        | {"data": training.data.fingerprint},
+        "known_answers": record["known_answers"],
+        "rehearsal": record.get("rehearsal"),
+        "precision": record["precision"],
+        "seals": {"ok": bool(delta.seals), "sites": len(delta.seals)},
+    }
+    if "resume_certificate" in record:
+        proof["resume_certificate"] = record["resume_certificate"]
+    if delta.probes:
+        verdict = check_probes(delta.probes, _logits(base.model))
+        proof["probes"] = {"ok": verdict.ok, "reason": verdict.reason, "gap": verdict.gap}
+    return {
+        "plan": training.plan.model_dump(mode="json", by_alias=True),
+        "base": {"name": base.name, "fingerprint": base.fingerprint, "parameters": parameters},
+        "delta": {
+            "pieces": [
+                {"name": q.name, "form": type(q.form).__name__, "sites": len(q.sites), "parameters": q.count()}
+                for q in delta.pieces
+            ],
+            "moved": moved,
+            "share": moved / parameters,
+            "bytes": (folder / "delta.safetensors").stat().st_size,
+        },
+        "ledger": training.data.ledger.to_dict(),
+        "curve": progress["curve"],
+        "evals": progress["evals"],
+        "audit": found.to_dict(),
+        "norms": [n.to_dict() for n in norms(_changes(training))],
+        "cost": {
+            "tokens": state.tokens,
+            "supervised_tokens": state.supervised,
+            "seconds": state.seconds,
+            "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            "peak_memory": record["peak_memory"],
+            "parameters_moved": moved,
+            "bytes_on_disk": folder_bytes(folder),
+            "steps": state.step,
+            "skipped_steps": state.skipped,
+            "processes": record["world"],
+            "audit_seconds": found.seconds,
+        },
+        "proof": proof,
+        "versions": versions(),
+        "warnings": [*base.notes, *(f"{k} ({n} records)" for k, n in training.data.ledger.notes.items())],
+    }
+
+
+def _tokenizer_files(training: Training) -> dict[str, bytes]:
+    """The tokenizer travels with the delta where the plan added tokens to it."""
+    if not training.plan.base.new_tokens:
+        return {}
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        training.base.tokenizer.save_pretrained(folder)
+        return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+
+
+def push(folder: Path, repository: str) -> None:
+    """Uploads the delta and its report (no checkpoints) to the hub."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=["checkpoints/*", ".lock", "logs/*"])
+    except (HfHubHTTPError, OSError) as e:
+        first = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise LuthierError(
+            f"push_to {repository} failed ({first}): the delta is whole in {folder}; log in with 'hf auth login'"
+        ) from e
