@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.attach import edits, extras
-from luthier.attach.numbers import CHILD, Live, numbers_of, put
+from luthier.attach.numbers import CHILD, Live, key_of, numbers_of, put
 from luthier.attach.point import Placed, Point
 from luthier.attach.prompts import stack_of
 from luthier.attach.weights import gathered, module_at, oriented, read_weight
@@ -101,9 +101,9 @@ class Attached:
             module = module_at(self.model, site.name)
             weight = getattr(module, site.parameter, None)
             anchor = weight if isinstance(weight, Tensor) else next(self.model.parameters())
+            _check_shapes(piece, key, anchor, weight)
             holder = numbers_of(module).piece(_holder(piece.name, site))
             put(holder, piece.p[key], piece.fixed[key], anchor.device, train)
-            _check_shapes(piece, key, anchor, weight)
 
             def read(m: nn.Module = module, s: Site = site) -> Tensor:
                 return oriented(getattr(m, s.parameter).detach(), s)
@@ -281,7 +281,7 @@ class Attached:
             self.pieces.pop(name, None)
             for placed in self.placed.pop(name, []):
                 module = module_at(self.model, placed.state.site.name)
-                numbers_of(module)._modules.pop(_holder(name, placed.state.site).replace(".", "_"), None)
+                numbers_of(module)._modules.pop(key_of(_holder(name, placed.state.site)), None)
         if not self.pieces and not self.edits:
             for point in self.points.values():
                 point.remove()

@@ -17,7 +17,7 @@ class Numbers(nn.Module):
 
     def piece(self, name: str) -> nn.Module:
         """The holder of one piece, made at first use."""
-        key = name.replace(".", "_")
+        key = key_of(name)
         if key not in self._modules:
             self.add_module(key, Numbers())
         return self._modules[key]  # pyright: ignore[reportReturnType]
@@ -27,6 +27,11 @@ class Numbers(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def key_of(piece: str) -> str:
+    """Module name of a piece's holder: a prefix keeps it apart from the attributes every module has ('train', 'half')."""
+    return "d_" + piece.replace(".", "_")
 
 
 def numbers_of(module: nn.Module) -> Numbers:
