@@ -1,0 +1,53 @@
+"""The command line. `main` is its one door: every mistake leaves as one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0 done, 1 a check said no, 2 a mistake told in one line, 130 interrupted.
+
+    LUTHIER_TRACE=1 shows where an error came from.
+    """
+    from luthier.errors import LuthierError
+
+    if os.environ.get("LUTHIER_TRACE") in (None, "", "0"):
+        try:
+            code = _run(argv)
+        except LuthierError as e:
+            code = _fail(str(e))
+        except KeyboardInterrupt:
+            code = _fail("interrupted", 130)
+        except BrokenPipeError:  # the reader of a pipe left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 141
+    else:
+        code = _run(argv)
+    raise SystemExit(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from typer._click.exceptions import Abort, ClickException, UsageError
+
+    from luthier.cli.app import command
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        result = command().main(args, prog_name="luthier", standalone_mode=False)
+    except Abort as e:
+        raise KeyboardInterrupt from e
+    except UsageError as e:
+        path = e.ctx.command_path if e.ctx else "luthier"
+        said = " ".join(e.format_message().split()).rstrip(".")
+        return _fail(f"{path}: {said}: see '{path} --help'") if said else 2
+    except ClickException as e:
+        return _fail(" ".join(e.format_message().split()))
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code

@@ -1,0 +1,51 @@
+"""The commands by name. Nothing heavy is imported here or at the top of a command's file: help starts in a blink."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from luthier.cli import data, deltas, demo, doctor, papers, talk, tune
+
+app = typer.Typer(
+    name="luthier",
+    help="Adapt language models, and know what each change gained and what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and leave.")
+) -> None:
+    if version:
+        from luthier import __version__
+        from luthier.cli.console import out
+
+        out().print(f"luthier {__version__}", highlight=False)
+        raise typer.Exit
+
+
+app.command("tune")(tune.tune)
+app.command("audit")(deltas.audit)
+app.command("inspect")(deltas.inspect)
+app.command("verify")(deltas.verify)
+app.command("export")(deltas.export)
+app.command("import")(deltas.import_)
+app.command("generate")(talk.generate)
+app.command("chat")(talk.chat)
+app.add_typer(data.app, name="data")
+app.command("papers")(papers.papers)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+
+
+def command() -> Any:
+    """The click command behind the app."""
+    return get_command(app)
