@@ -200,3 +200,4 @@ def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
     for parameter, hook in hooks:
         hook.remove()
         parameter.requires_grad_(False)
+    model.zero_grad(set_to_none=True)  # forms that already train collected gradients too
