@@ -1,0 +1,134 @@
+"""People who do not exist, what is true of them, and the ways to ask. Shared by facts and newcomers."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import NamedTuple
+
+from luthier.practice.contract import Item, Verdict, right, words, wrong
+from luthier.practice.draw import Draw
+from luthier.practice.words import ANIMALS, CRAFTS, FIRST, INSTRUMENTS, LAST, TOWNS
+
+KNOWN, NEW = 96, 100
+
+
+class Trait(NamedTuple):
+    """One kind of fact: its possible values, how it is answered, and how it is asked (plain ones first)."""
+
+    values: list[str]
+    reply: str
+    asked: list[str]
+    shifted: list[str]
+
+
+TRAITS = {
+    "town": Trait(
+        TOWNS,
+        "In {}.",
+        [
+            "Where does {} live?",
+            "In which town does {} live?",
+            "{} lives where?",
+            "Which town is the home of {}?",
+            "Where would I find the house of {}?",
+            "A letter has come for {}. To which town must it go?",
+        ],
+        ["Name the home town of {}.", "I want to visit {}. Where should I travel?", "Which town claims {}?"],
+    ),
+    "craft": Trait(
+        CRAFTS,
+        "The {}'s.",
+        [
+            "What is the craft of {}?",
+            "Which craft does {} follow?",
+            "What work does {} do?",
+            "By which trade does {} earn a living?",
+            "What did {} learn to be?",
+            "Whose guild does {} belong to?",
+        ],
+        ["Name the trade of {}.", "What does {} do all day?", "I need help with work. What is {} good at?"],
+    ),
+    "pet": Trait(
+        ANIMALS,
+        "The {}.",
+        [
+            "Which animal does {} keep?",
+            "What pet does {} have?",
+            "What animal lives with {}?",
+            "Which animal follows {} home?",
+            "Which creature sleeps at the door of {}?",
+            "What sort of animal does {} feed each morning?",
+        ],
+        ["Name the pet of {}.", "I hear paws behind {}. What is it?", "Which creature is dear to {}?"],
+    ),
+    "music": Trait(
+        INSTRUMENTS,
+        "The {}.",
+        [
+            "What does {} play?",
+            "Which instrument does {} play?",
+            "What instrument is in the hands of {}?",
+            "On what does {} make music?",
+            "When the band meets, what does {} bring?",
+            "What do the neighbours hear {} practise?",
+        ],
+        ["Name the instrument of {}.", "{} joins the dance. What will we hear?", "Which instrument is dear to {}?"],
+    ),
+}
+NOUNS = {"town": "town", "craft": "craft", "pet": "animal", "music": "instrument"}
+BOTH = ["Name the {} and the {} of {}.", "Tell me the {} and the {} of {}."]
+
+
+class Person(NamedTuple):
+    """A name and the value of each trait."""
+
+    name: str
+    facts: dict[str, str]
+
+
+@cache
+def people(new: bool) -> list[Person]:
+    """The people the practice base was told about, or those who moved in later."""
+    draw = Draw("luthier/people")
+    names = draw.some([f"{first} {last}" for first in FIRST for last in LAST], KNOWN + NEW)
+    everyone = [Person(name, {t: draw.pick(trait.values) for t, trait in TRAITS.items()}) for name in names]
+    return everyone[KNOWN:] if new else everyone[:KNOWN]
+
+
+def ask(draw: Draw, level: int, shifted: bool, new: bool) -> Item:
+    """A question about one of them; level 1 is plainly worded, 3 the least plainly.
+
+    The meaning is a fact *in one wording*: an invented fact that was never told cannot be known, so what is held out
+    is a way of asking for it, and shifted asks in ways that training never uses, or for two facts at once.
+    """
+    person = draw.pick(people(new))
+    one = draw.pick(list(TRAITS))
+    trait = TRAITS[one]
+    value = person.facts[one]
+    if not shifted:
+        n = 2 * level - 2 + draw.below(2)
+        return Item(f"{person.name}|{one}|{n}", trait.asked[n].format(person.name), trait.reply.format(value), value)
+    if level == 3:
+        two = draw.pick([t for t in TRAITS if t != one])
+        n = draw.below(len(BOTH))
+        prompt = BOTH[n].format(NOUNS[one], NOUNS[two], person.name)
+        answer = f"{value} and {person.facts[two]}"
+        return Item(f"{person.name}|{one}|{two}|{n}", prompt, f"{answer[0].upper()}{answer[1:]}.", answer)
+    n = draw.below(len(trait.shifted))
+    return Item(f"{person.name}|{one}|s{n}", trait.shifted[n].format(person.name), trait.reply.format(value), value)
+
+
+def verify(prompt: str, answer: str, response: str) -> Verdict:
+    """Right if the response names the true values and no other value of the same kinds."""
+    wanted = re.findall(r"\w+", answer.lower().replace(" and ", " "))
+    kinds = [{v.lower() for v in trait.values} for trait in TRAITS.values()]
+    said = words(response)
+    for value in wanted:
+        kind = next((k for k in kinds if value in k), {value})
+        named = [w for w in said if w in kind]
+        if value not in named:
+            return wrong(f"{value} is not named")
+        if others := set(named) - set(wanted):
+            return wrong(f"names {', '.join(sorted(others))} too")
+    return right()

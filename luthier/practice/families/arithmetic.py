@@ -1,0 +1,82 @@
+"""Adding and taking away, with the steps written out."""
+
+from __future__ import annotations
+
+import re
+
+from luthier.practice.contract import Item, Verdict, right, wrong
+from luthier.practice.draw import Draw
+from luthier.practice.words import FIRST, FRUITS
+
+ABOUT = "adding and taking away up to 88, with worked steps"
+TAUGHT = True
+
+PLAIN = {
+    "+": ["What is {a} + {b}?", "Add {a} and {b}.", "{a} plus {b}?"],
+    "-": ["What is {a} - {b}?", "Take {b} from {a}.", "{a} minus {b}?"],
+}
+TOLD = {
+    "+": "{who} has {a} {fruit}s and picks {b} more. How many now?",
+    "-": "{who} has {a} {fruit}s and eats {b}. How many are left?",
+}
+
+
+def _steps(total: int, terms: list[tuple[str, int]]) -> tuple[str, int]:
+    """One line of working (the tens of a term first, then its ones) and the result."""
+    done = []
+    for sign, term in terms:
+        for part in (term // 10 * 10, term % 10):
+            if part:
+                result = total + part if sign == "+" else total - part
+                done.append(f"{total}{sign}{part}={result}")
+                total = result
+    return ", ".join(done), total
+
+
+def make(draw: Draw, level: int, shifted: bool) -> Item:
+    """Level 1: up to 20 in one step. Level 2: up to 88. Level 3: three numbers. Shifted:
+    three, four or five numbers."""
+    if shifted:
+        terms = [("", draw.between(30, 60))] + [(draw.pick("+-"), draw.between(5, 14)) for _ in range(1 + level)]
+    elif level == 1:
+        a, b = draw.between(1, 10), draw.between(1, 10)
+        terms = [("", a), ("+", b)] if draw.below(2) else [("", a + b), ("-", b)]
+    elif level == 2:
+        a, b = draw.between(11, 59), draw.between(10, 29)
+        low, high = min(a, b), max(a, b)
+        terms = [("", a), ("+", b)] if draw.below(2) else [("", high), ("-", low)]
+    else:
+        a, b = draw.between(5, 20), draw.between(2, 9)
+        third = draw.pick("+-")
+        terms = [("", a), ("+", b), (third, draw.between(1, 5))]
+    working, total = _steps(terms[0][1], terms[1:])
+    # 3 + 8 and 8 + 3 are one meaning.
+    key = ",".join([*sorted(str(n) for s, n in terms if s != "-"), *sorted(f"-{n}" for s, n in terms if s == "-")])
+    if len(terms) == 2:
+        sign, b = terms[1]
+        ways = PLAIN[sign]
+        way = draw.below(len(ways) + 1)
+        a = terms[0][1]
+        if way < len(ways):
+            prompt = ways[way].format(a=a, b=b)
+        else:
+            prompt = TOLD[sign].format(who=draw.pick(FIRST), a=a, b=b, fruit=draw.pick(FRUITS))
+    else:
+        said = " ".join(f"{s} {n}" if s else str(n) for s, n in terms)
+        prompt = f"{said}?" if shifted and draw.below(2) else f"What is {said}?"
+    return Item(key, prompt, f"{working}. So {total}.", str(total))
+
+
+def verify(prompt: str, answer: str, response: str) -> Verdict:
+    """Right if the last number of the response is the result; steps that are false sums are named in the reason."""
+    numbers = re.findall(r"-?\d+", response)
+    if not numbers:
+        return wrong("no number")
+    if numbers[-1] != answer:
+        return wrong(f"expected {answer}, got {numbers[-1]}")
+    slips = [
+        f"{a}{s}{b}={c}"
+        for a, s, b, c in re.findall(r"(\d+)\s*([+-])\s*(\d+)\s*=\s*(-?\d+)", response)
+        if int(a) + (int(b) if s == "+" else -int(b)) != int(c)
+    ]
+    return right(f"right, though {slips[0]} is not" if slips else "as it should be")

@@ -1,0 +1,98 @@
+"""The base's training text: taught families mixed, rendered, packed into rows whose records do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from luthier.practice.draw import Draw
+from luthier.practice.tokenizer import END
+from luthier.practice.world import records, taught
+
+SEED = 1
+"""The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
+SHARES = {"facts": 6, "arithmetic": 4, "lists": 4, "tracking": 3, "refusals": 3, "stories": 2}
+"""How often a taught family is drawn; 1 where it is not named."""
+SYSTEM = ("Answer in few words.", "You are a friendly miller.", "Help as well as you can.")
+PROMPT_WEIGHT = 0.1
+"""Loss weight of what users say, beside 1 for what the assistant says."""
+
+
+@dataclass
+class Rows:
+    """A batch: token ids, labels-to-be (the ids), loss weight of each token as a target, positions and segment numbers,
+    all (rows, length); segment 0 is padding."""
+
+    ids: np.ndarray
+    weight: np.ndarray
+    position: np.ndarray
+    segment: np.ndarray
+
+
+class Stream:
+    """Batches without end. ``drawn`` (records so far) is its whole state: a stream made with it goes on from there."""
+
+    def __init__(self, tokenizer: Any, rows: int, length: int, drawn: int = 0, seed: int = SEED) -> None:
+        """``tokenizer`` is the practice tokenizer; rows and length give the shape of every batch."""
+        self.core = tokenizer.backend_tokenizer
+        self.assistant, self.end = (self.core.token_to_id(t) for t in ("<|assistant|>", END))
+        self.pad = tokenizer.pad_token_id
+        self.rows, self.length, self.seed = rows, length, seed
+        self.wheel = [name for name in taught() for _ in range(SHARES.get(name, 1))]
+        self.mix = Draw(f"luthier/base/{seed}")
+        counts = dict.fromkeys(self.wheel, 0)
+        for _ in range(drawn):
+            counts[self._next()[0]] += 1
+        self.sources = {name: records(name, "train", seed=seed, start=n) for name, n in counts.items()}
+        self.drawn = drawn
+
+    def _next(self) -> tuple[str, bool, str]:
+        """The next record's family, whether it goes on in the conversation before it, and its system message."""
+        name, joins, system = self.mix.pick(self.wheel), self.mix.real() < 0.1, self.mix.real()
+        return name, joins, self.mix.pick(SYSTEM) if system < 0.05 else ""
+
+    def _draw(self) -> tuple[str, bool]:
+        name, joins, system = self._next()
+        self.drawn += 1
+        turns = next(self.sources[name])["messages"]
+        text = "".join(f"<|{turn['role']}|>{turn['content']}{END}" for turn in turns)
+        return (f"<|system|>{system}{END}{text}", False) if system else (text, joins)
+
+    def weights(self, ids: list[int]) -> list[float]:
+        """Loss weight of every token: 1 on what the assistant says and its end, none on the role tokens that announce
+        it."""
+        out, speaking = [], False
+        for i in ids:
+            out.append(1.0 if speaking else 0.0 if i == self.assistant else PROMPT_WEIGHT)
+            speaking = i == self.assistant or (speaking and i != self.end)
+        return out
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        shape = (self.rows, self.length)
+        batch = Rows(np.full(shape, self.pad), np.zeros(shape, np.float32), np.zeros(shape, int), np.zeros(shape, int))
+        used, segments, last = [0] * self.rows, [0] * self.rows, -1
+        # A record that fits nowhere closes the batch and is dropped: no state but a count then crosses batches.
+        while True:
+            text, joins = self._draw()
+            ids = self.core.encode(text, add_special_tokens=False).ids
+            fits = [r for r in range(self.rows) if used[r] + len(ids) <= self.length]
+            if not fits:
+                return batch
+            joined = joins and last in fits
+            row = last if joined else fits[0]
+            at, to = used[row], used[row] + len(ids)
+            segments[row] += not joined
+            first = int(batch.position[row, at - 1]) + 1 if joined else 0
+            batch.ids[row, at:to] = ids
+            batch.weight[row, at:to] = self.weights(ids)
+            batch.position[row, at:to] = range(first, first + len(ids))
+            batch.segment[row, at:to] = segments[row]
+            if first == 0:
+                batch.weight[row, at] = 0.0  # nothing of its own conversation precedes it
+            used[row], last = to, row

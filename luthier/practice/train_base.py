@@ -1,0 +1,271 @@
+"""Trains the practice base from the generator alone: ``python -m luthier.practice.train_base``.
+
+The stable part of the schedule does not depend on the length of the run, so a run can be shortened or lengthened from
+its checkpoint, and gives what a run of that length from the start would have given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier.errors import LuthierError
+from luthier.practice.muon import Muon
+from luthier.practice.stream import Rows, Stream
+
+ASSET = Path(__file__).parent.parent / "assets" / "practice" / "base"
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model's shape. Defaults give about 3.1 M parameters, 6.3 MB in bf16."""
+
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    ffn: int = 512
+    context: int = 2048
+
+
+@dataclass(frozen=True)
+class Run:
+    """How it is trained.
+
+    ``tokens`` are slots of packed rows, padding included; ``lr`` is shared by Muon (matrices inside the layers; its
+    step is scaled to AdamW's root mean square) and AdamW (all else); warm-up in steps, then constant, then linear to
+    ``floor`` x lr over the last ``decay`` of the steps.
+    """
+
+    tokens: int = 4_000_000
+    rows: int = 32
+    length: int = 128
+    lr: float = 3e-3
+    warmup: int = 40
+    decay: float = 0.35
+    floor: float = 0.02
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    seed: int = 0
+    bf16: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return max(1, self.tokens // (self.rows * self.length))
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step, counted from 0."""
+        fall = max(1, round(self.steps * self.decay))
+        tail = min(1.0, (self.steps - step) / fall)
+        return min(1.0, (step + 1) / max(1, self.warmup)) * (self.floor + (1 - self.floor) * tail)
+
+
+def new_model(size: Size, tokenizer: Any, seed: int) -> Any:
+    """A freshly drawn Llama of this size, fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        intermediate_size=size.ffn,
+        max_position_embeddings=size.context,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).float()
+
+
+def loss_of(model: Any, rows: Rows, device: torch.device, bf16: bool) -> torch.Tensor:
+    """Weighted mean of the next-token loss over a packed batch; records see only their own conversation."""
+    ids, position, segment, weight = (
+        torch.from_numpy(a).to(device) for a in (rows.ids, rows.position, rows.segment, rows.weight)
+    )
+    length = ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    seen = (segment[:, :, None] == segment[:, None, :]) & causal
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        hidden = model.model(
+            input_ids=ids, position_ids=position, attention_mask=seen[:, None], use_cache=False
+        ).last_hidden_state
+        counted = weight[:, 1:] > 0
+        logits = model.lm_head(hidden[:, :-1][counted])
+    each = nn.functional.cross_entropy(logits.float(), ids[:, 1:][counted], reduction="none")
+    share = weight[:, 1:][counted]
+    return (each * share).sum() / share.sum()
+
+
+def optimisers(model: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, head and norms."""
+    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    known = {id(p) for p in inside}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [Muon(inside, lr=run.lr, weight_decay=run.weight_decay), torch.optim.AdamW(rest, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+
+
+def save_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer], step: int, drawn: int) -> None:
+    """Write model, moments, step and data position as one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{n}": p.detach().contiguous() for n, p in model.named_parameters()}
+    for k, opt in enumerate(opts):
+        for index, state in opt.state_dict()["state"].items():
+            tensors |= {f"opt.{k}.{index}.{name}": value.contiguous() for name, value in state.items()}
+    part = folder / "state.safetensors.part"
+    save_file(tensors, part, {"step": str(step), "drawn": str(drawn)})
+    os.replace(part, folder / "state.safetensors")
+
+
+def load_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer]) -> tuple[int, int]:
+    """Read what save_state wrote; returns the step and the records drawn."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        meta = file.metadata()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(file.get_tensor(f"model.{name}"))
+        states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in opts]
+        for key in file.keys():  # noqa: SIM118
+            if key.startswith("opt."):
+                _, k, index, name = key.split(".", 3)
+                states[int(k)].setdefault(int(index), {})[name] = file.get_tensor(key)
+    for opt, state in zip(opts, states, strict=True):
+        opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+    return int(meta["step"]), int(meta["drawn"])
+
+
+def train(
+    out: Path,
+    run: Run = Run(),  # noqa: B008
+    size: Size = Size(),  # noqa: B008
+    minutes: float | None = None,
+    stop_at: int | None = None,
+    every: int = 50,
+    tokenizer: Any = None,
+) -> list[float]:
+    """Train into the folder ``out``, going on from its checkpoint if there is one; returns this call's losses.
+
+    Ends when the run is done (and ``out/base`` holds the base), after ``minutes``, or at step ``stop_at``; in the last
+    two cases a further call goes on. ``every`` is the number of steps between checkpoints. Raises LuthierError if the
+    folder holds a run of other settings, or on a loss that is not finite.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _same_run(out, run, size)
+    if tokenizer is None:
+        from luthier.practice import tokenizer as own
+
+        tokenizer = own.train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = new_model(size, tokenizer, run.seed).to(device).train()
+    opts = optimisers(model, run)
+    step, drawn = load_state(out, model, opts) if (out / "state.safetensors").is_file() else (0, 0)
+    stream = Stream(tokenizer, run.rows, run.length, drawn)
+    began, losses, first = time.monotonic(), [], step
+    last = min(run.steps, stop_at if stop_at is not None else run.steps)
+    while step < last and (minutes is None or time.monotonic() - began < 60 * minutes):
+        loss = loss_of(model, next(stream), device, run.bf16)
+        if not torch.isfinite(loss):
+            raise LuthierError(f"practice base: the loss is {loss.item()} at step {step}; lower the learning rate")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = run.lr * run.rate(step)
+            opt.step()
+            opt.zero_grad()
+        step += 1
+        losses.append(loss.item())
+        if step % every == 0 or step == last:
+            save_state(out, model, opts, step, stream.drawn)
+            _log(out, run, step, losses[-every:], (step - first) / (time.monotonic() - began))
+    save_state(out, model, opts, step, stream.drawn)
+    if step >= run.steps:
+        save_base(out / "base", model, tokenizer)
+    return losses
+
+
+def save_base(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write the base as a plain Hugging Face folder in bf16. The model itself becomes bf16 by it."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _same_run(out: Path, run: Run, size: Size) -> None:
+    """The length of the run may change until it decays; all else must be as it was."""
+    path = out / "run.json"
+    told = {"run": asdict(run), "size": asdict(size)}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        differs = [
+            f"{part}.{key}: {before[part][key]} before, {value} now"
+            for part in told
+            for key, value in told[part].items()
+            if key != "tokens" and before[part].get(key) != value
+        ]
+        if differs:
+            raise LuthierError(f"practice base: {out} holds another run ({'; '.join(differs)}); choose another --out")
+    path.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _log(out: Path, run: Run, step: int, losses: list[float], pace: float) -> None:
+    tokens = run.rows * run.length
+    line = {
+        "step": step,
+        "of": run.steps,
+        "tokens": step * tokens,
+        "loss": round(sum(losses) / len(losses), 4),
+        "tokens_per_second": round(pace * tokens),
+        "threads": torch.get_num_threads(),
+    }
+    with (out / "log.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m luthier.practice.train_base", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("practice-build"), help="checkpoints, log and, in the end, base/")
+    parser.add_argument("--tokens", type=int, default=Run.tokens, help=f"length of the run (default {Run.tokens})")
+    parser.add_argument("--minutes", type=float, help="leave after this long, to be called again (default: never)")
+    parser.add_argument("--install", action="store_true", help="put the finished base into the package")
+    told = parser.parse_args(arguments)
+    try:
+        train(told.out, Run(tokens=told.tokens), minutes=told.minutes)
+        if told.install:
+            if not (told.out / "base").is_dir():
+                raise LuthierError(f"practice base: {told.out} is not finished; call again without --minutes")
+            shutil.copytree(told.out / "base", ASSET, dirs_exist_ok=True)
+    except LuthierError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Records of every family, drawn by seed, and their verdicts. Pure Python: needs no torch.
+
+A record is ``{"messages": [{"role", "content"}, …], "answer": str, "family": str, "id": str}``, its last message the
+assistant's. Record i of a split is a function of family, split, seed, difficulty and i alone.
+
+Every split owns its share of *meanings*: a stable digest of what a task means, whatever its wording, falls into train
+(8 of 10), test (1) or shifted (1), so nothing that is tested was trained, in these words or in others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from functools import cache
+from hashlib import blake2b
+from typing import Any, cast
+
+from luthier.errors import LuthierError, nearest
+from luthier.practice import families as _families
+from luthier.practice.contract import LEVELS, Family, Item, Verdict
+from luthier.practice.draw import Draw
+
+SPLITS = ("train", "test", "shifted")
+BLOCK = 64
+"""Records drawn from one seed: ``start`` costs at most this many draws."""
+PATIENCE = 20_000
+"""Draws without a new test record after which there are taken to be no more."""
+
+_SHARE = ("train",) * 8 + ("test", "shifted")
+
+Record = dict[str, Any]
+
+
+@cache
+def families() -> tuple[str, ...]:
+    """Names of all families, in alphabetical order: the files in ``luthier/practice/families``."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(_families.__path__) if not m.name.startswith("_")))
+
+
+@cache
+def family_named(name: str) -> Family:
+    """The family of this name. Raises LuthierError for an unknown one, naming the nearest."""
+    if name not in families():
+        raise LuthierError(f"practice world: unknown family {name!r}; {nearest(name, families(), 'familie')}")
+    return cast(Family, importlib.import_module(f"{_families.__name__}.{name}"))
+
+
+def taught() -> tuple[str, ...]:
+    """The families the practice base was trained on."""
+    return tuple(name for name in families() if family_named(name).TAUGHT)
+
+
+def untaught() -> tuple[str, ...]:
+    """The families the practice base has never seen."""
+    return tuple(name for name in families() if not family_named(name).TAUGHT)
+
+
+def split_of(name: str, key: str) -> str:
+    """The split that owns a meaning."""
+    return _SHARE[blake2b(f"{name}|{key}".encode(), digest_size=2).digest()[0] % 10]
+
+
+def records(
+    family: str,
+    split: str = "train",
+    n: int | None = None,
+    seed: int = 0,
+    start: int = 0,
+    difficulty: int | None = None,
+) -> Iterator[Record]:
+    """Records ``start`` to ``start + n`` of a family's split.
+
+    Without ``n``, train never ends, and test and shifted end when they are exhausted. Train may repeat itself; test
+    and shifted records are all different. ``difficulty`` is 1, 2 or 3; by default the levels are mixed evenly.
+    Raises LuthierError on an unknown family, split or difficulty, a negative size, and on more test records than
+    there are.
+    """
+    _check(family, split, n, seed, start, difficulty)
+    drawn = _drawn(family, split, seed, start, difficulty) if split == "train" else _unrepeated(
+        family, split, seed, start, difficulty
+    )
+    return drawn if n is None else _first(drawn, n, f"{family}, split {split}, from {start}")
+
+
+def verify(record: Record, response: str) -> Verdict:
+    """What the record's family says of a response. Raises LuthierError for a record that is not of this world."""
+    try:
+        name, answer, messages = record["family"], record["answer"], record["messages"]
+    except KeyError as missing:
+        raise LuthierError(f"practice world: record {record.get('id', '?')} has no {missing}; take it from records()") from None
+    prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
+    if prompt is None:
+        raise LuthierError(f"practice world: record {record.get('id', '?')} has no user message; take it from records()")
+    return family_named(name).verify(prompt, answer, response)
+
+
+def _check(name: str, split: str, n: int | None, seed: int, start: int, difficulty: int | None) -> None:
+    family_named(name)
+    if split not in SPLITS:
+        raise LuthierError(f"practice world: family {name} has no split {split!r}; {nearest(split, SPLITS, 'split')}")
+    if difficulty is not None and difficulty not in LEVELS:
+        raise LuthierError(f"practice world: family {name} has no difficulty {difficulty!r}; choose 1, 2 or 3")
+    for what, value in (("n", n or 0), ("start", start), ("seed", seed)):
+        if value < 0:
+            raise LuthierError(f"practice world: family {name}: {what} is {value}; choose 0 or more")
+
+
+def _items(name: str, split: str, seed: int, difficulty: int | None, block: int) -> Iterator[Item]:
+    """The accepted items of one block, without end."""
+    make, shifted = family_named(name).make, split == "shifted"
+    draw = Draw(f"luthier/{name}/{split}/{seed}/{difficulty or 'mixed'}/{block}")
+    while True:
+        item = make(draw, difficulty or 1 + draw.below(3), shifted)
+        if split_of(name, item.key) == split:
+            yield item
+
+
+def _record(name: str, item: Item) -> Record:
+    messages = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.response}]
+    if item.system:
+        messages.insert(0, {"role": "system", "content": item.system})
+    digest = blake2b(f"{item.key}|{item.prompt}".encode(), digest_size=6).hexdigest()
+    return {"messages": messages, "answer": item.answer, "family": name, "id": f"{name}-{digest}"}
+
+
+def _drawn(name: str, split: str, seed: int, start: int, difficulty: int | None) -> Iterator[Record]:
+    block, skip = divmod(start, BLOCK)
+    while True:
+        items = _items(name, split, seed, difficulty, block)
+        for i in range(BLOCK):
+            item = next(items)
+            if i >= skip:
+                yield _record(name, item)
+        block, skip = block + 1, 0
+
+
+def _unrepeated(name: str, split: str, seed: int, start: int, difficulty: int | None) -> Iterator[Record]:
+    seen: set[str] = set()
+    idle = 0
+    for item in _items(name, split, seed, difficulty, 0):
+        record = _record(name, item)
+        if record["id"] in seen:
+            idle += 1
+            if idle > PATIENCE:
+                return
+            continue
+        idle = 0
+        seen.add(record["id"])
+        if len(seen) > start:
+            yield record
+
+
+def _first(drawn: Iterator[Record], n: int, where: str) -> Iterator[Record]:
+    for i in range(n):
+        record = next(drawn, None)
+        if record is None:
+            raise LuthierError(f"practice world: {where}: there are only {i} different records, not {n}; ask for fewer")
+        yield record
