@@ -139,9 +139,9 @@ def _by_type(samples: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield torch.cat(same).cpu() if len(devices) == 1 else torch.cat([s.cpu() for s in same])
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor of any type."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor of any type, as a buffer."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _hashed(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:

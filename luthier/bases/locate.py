@@ -41,7 +41,7 @@ def _from_hub(spec: BaseSpec, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
 
-    transport = hub.HfHubHTTPError.__bases__  # the HTTP library under huggingface_hub differs between its versions
+    transport: Any = hub.HfHubHTTPError.__bases__  # the HTTP library under huggingface_hub differs between its versions
     where = f"base {spec.name}" + (f" at revision {spec.revision}" if spec.revision else "")
     wanted = [*NEEDED, *(["*.py"] if spec.trust_remote_code else [])]
     wanted = wanted if weights else [p for p in wanted if p != "*.safetensors"]

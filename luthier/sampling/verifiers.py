@@ -206,7 +206,7 @@ def _judge(function: Callable[..., Any], record: Mapping[str, Any], response: st
     return verdict
 
 
-def _load(name: str) -> Callable[..., Verdict]:
+def _load(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
