@@ -1,0 +1,85 @@
+"""Every form of the registry against every promise, on several architectures. A new file in forms/ is tested by being there."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.bases.roles import Roles
+from luthier.delta import FORMS
+from luthier.errors import LuthierError
+from tests.contract.conformance import CHECKS, Case, default_cases
+from tests.tiny import tiny
+
+TRAINED = [name for name in FORMS if FORMS[name].at != "base"]
+"""Forms that are built and trained; the others are what choices leave behind and are held to theirs in test_choices."""
+
+MORE = [
+    Case("lora", "llama", {"rank": 2, "scaling": "rslora"}, ["embed", "head"]),
+    Case("lora", "qwen2_moe", {"rank": 2}, ["expert", "attn"]),
+    Case("lora", "opt", {"ranks": {"attn.q": 3, "*.0.*": 5}, "alphas": {"attn": 4.0}}),
+    Case("dora", "opt", {"rank": 4, "scaling": "rslora"}),
+    Case("adapter", "llama", {"placement": "parallel", "width": 5, "activation": "relu", "scaling": 4.0}),
+    Case("adapter", "bert", {"placement": "parallel"}),
+    Case("scale-shift", "llama", {"shift": False}),
+    Case("scale-shift", "gemma", {"shift": False}),
+    Case("scale-shift", "gpt2", {}, ["attn.qkv", "ffn", "norm.ffn"]),
+    Case("ia3", "opt", {"inputs": ["attn.o"]}, ["attn.o", "attn.k"]),
+    Case("prefix", "gemma2", {"length": 3}),
+    Case("prefix", "opt", {"length": 2}),
+    Case("prefix", "qwen3", {"length": 2, "inner": 5}),
+    Case("prefix", "phi", {"length": 2, "shift_positions": False}),
+    Case("prompt", "opt", {"length": 3}),
+    Case("prompt", "gemma", {"length": 1}),
+    Case("sparse", "llama", {"entries": 9, "by": "largest"}),
+]
+CASES = [case for name in TRAINED for case in default_cases(name)] + MORE
+RAN: set[tuple[str, str]] = set()
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_form(case: Case, check: str) -> None:
+    CHECKS[check](case)
+    RAN.add((case.form, check))
+
+
+def test_every_form_met_every_check(request: pytest.FixtureRequest) -> None:
+    """Counts what ran against the registry; runs last, and only where the file was run whole."""
+    items = [i for i in request.session.items if i.name.startswith("test_form[")]
+    if len(items) < len(CASES) * len(CHECKS):
+        pytest.skip("a part of the suite was selected")
+    wanted = {(name, check) for name in FORMS if FORMS[name].at != "base" for check in CHECKS}
+    if len(RAN) < len(wanted) and hasattr(request.config, "workerinput"):
+        pytest.skip("this worker ran a part of the suite")
+    assert RAN == wanted
+
+
+@pytest.mark.parametrize("family,form", [("t5", "prefix"), ("t5", "prompt"), ("bloom", "prefix")])
+def test_refused_places(family: str, form: str) -> None:
+    """Where a base has no such place the piece is refused by name and the model is as before."""
+    model = tiny(family)
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(LuthierError, match="use another form"):
+        Case(form, family).on(model)
+    assert [n for n, _ in model.named_modules()] == names
+
+
+def test_default_sites_follow_the_base() -> None:
+    """A default role that a base lacks is passed over; a stated one is an error."""
+    case = Case("adapter", "mixtral")
+    assert {s.role for s in case.where(case.model())} == {"attn.o"}
+    with pytest.raises(LuthierError, match="matches no part"):
+        Case("adapter", "mixtral", {}, ["ffn.down"]).where(case.model())
+
+
+def test_patterns_that_meet_another_kind_are_refused() -> None:
+    model = tiny("llama")
+    assert all(s.kind == "linear" for s in Case("dora", "llama", {}, ["all"]).where(model))
+    with pytest.raises(LuthierError, match="cannot go on"):
+        Case("dora", "llama", {}, ["attn", "norm"]).on(model)
+
+
+def test_one_prefix_site_for_each_layer() -> None:
+    model = tiny("llama", num_hidden_layers=4)
+    sites = Case("prefix", "llama").where(model)
+    assert [s.layer for s in sites] == [0, 1, 2, 3] and Roles(model).layer_count == 4
