@@ -117,11 +117,16 @@ def seals_of(handle: Any) -> dict[str, list[float]]:
         for q in placed:
             out[f"{name}/{q.state.site.name}"] = seal(q.form, q.state, q.scale)
     for name, table in handle.edits.items():
-        piece = handle.pieces.get(name)
+        kinds: list[str] = []
         for key, edit in table.items():
-            site = piece.sites[key] if piece is not None else None
             change = edit.parameter.detach().float() - edit.original.to(edit.parameter.device).float()
-            out[f"{name}/{key}"] = project(_turned(change, site.kind if site else "", edit.module))
+            if name in handle.pieces:
+                piece = name
+            else:  # still moving: named as the pieces will be that Attached.delta makes of it
+                kind = f"{'dense' if edit.index is None else 'entries'}-{str(edit.parameter.dtype)[6:]}"
+                kinds += [kind] if kind not in kinds else []
+                piece = name if kind == kinds[0] else f"{name}-{kind}"
+            out[f"{piece}/{key}"] = project(_turned(change, edit.module))
     return out
 
 
@@ -134,10 +139,9 @@ def seals_of_pieces(pieces: list[Piece], weights: Callable[[Any], Tensor] | None
     return out
 
 
-def _turned(change: Tensor, kind: str, module: Any) -> Tensor:
+def _turned(change: Tensor, module: Any) -> Tensor:
     """A stored parameter's change as [d_out, d_in]."""
-    stored_as_in_out = kind in ("conv1d", "embedding") or type(module).__name__ in ("Conv1D", "Embedding")
-    return change.t() if stored_as_in_out and change.dim() == 2 else change
+    return change.t() if type(module).__name__ in ("Conv1D", "Embedding") and change.dim() == 2 else change
 
 
 def check_seals(
@@ -152,7 +156,9 @@ def check_seals(
     square of a rounding that is to be allowed on top (a merge into bfloat16).
     """
     if not expected:
-        raise LuthierError("the delta carries no seals: make them with 'luthier verify --seal', or save it again")
+        raise LuthierError(
+            "the delta carries no seals: it was not saved by a run or an import; import or train it again"
+        )
     broken = []
     for site, wanted in expected.items():
         have = found.get(site, [])

@@ -1,0 +1,32 @@
+"""import: a PEFT adapter folder in, a delta folder with seals and probes out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from luthier.bridge.peft import from_peft
+from luthier.bridge.proof import prove
+from luthier.bridge.target import target
+from luthier.delta.artefact import Delta
+from luthier.errors import LuthierError
+
+
+def import_(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, base: Any = None) -> Delta:
+    """The delta of an adapter folder, proven on its base and, with `out`, saved there (a folder that is new or empty).
+
+    base: default the one that adapter_config.json names.
+    """
+    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
+        raise LuthierError(f"{out} is not empty: name another folder, or remove it")
+    from luthier.bridge.peft_config import read_config
+
+    named = read_config(Path(folder)).get("base_model_name_or_path")
+    if base is None and not named:
+        raise LuthierError(f"{folder}: adapter_config.json names no base: state it (--base)")
+    on = target(base if base is not None else named)
+    delta = prove(from_peft(folder, on), on)
+    if out is not None:
+        delta.save(out)
+    return delta
