@@ -30,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    from typer._click.exceptions import Abort, ClickException, UsageError
+    from typer import Abort, BadParameter
 
     from luthier.cli.app import command
+
+    # typer brings its own click or uses the installed one; either way these are the parents of its public error.
+    UsageError, ClickException = BadParameter.__mro__[1:3]
 
     args = list(sys.argv[1:] if argv is None else argv)
     try:

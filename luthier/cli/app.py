@@ -12,7 +12,6 @@ from luthier.cli import data, deltas, demo, doctor, papers, talk, tune
 app = typer.Typer(
     name="luthier",
     help="Adapt language models, and know what each change gained and what it cost.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -30,6 +29,8 @@ def _version(
 
         out().print(f"luthier {__version__}", highlight=False)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 app.command("tune")(tune.tune)

@@ -9,12 +9,14 @@ import typer
 
 from luthier.cli.tune import Overrides
 
-app = typer.Typer(help="Look at a plan's records.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Look at a plan's records.", rich_markup_mode=None)
 
 
-@app.callback()
-def _group() -> None:
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
     """Look at a plan's records."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command("show")

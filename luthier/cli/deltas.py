@@ -31,11 +31,15 @@ def audit(
     ] = None,
 ) -> None:
     """Measure a delta on its base: what it gained on its target and what it cost elsewhere."""
-    from luthier.cli.console import say
-    from luthier.cli.show import audit as show
+    from luthier.cli.console import plain, say
+    from luthier.cli.show import checks
     from luthier.verbs.audit import audit as verb
 
-    show(verb(delta, plan=plan, overrides=overrides or (), out=out, progress=say))
+    found = verb(delta, plan=plan, overrides=overrides or (), out=out, progress=say)
+    checks(found.report["audit"])
+    plain("")
+    plain(found.verdict)
+    plain(f"report  {found.out / 'report.html'}")
 
 
 def inspect(delta: Folder, json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False) -> None:
@@ -56,10 +60,10 @@ def verify(
     ] = None,
 ) -> None:
     """Prove that a delta is whole and is there: digests, fingerprints, seals and probes. Exit code 1 where it is not."""
-    from luthier.cli.show import checks
+    from luthier.cli.show import proof
     from luthier.verbs.verify import verify as verb
 
-    if not checks(verb(path, base=base, merged=merged)):
+    if not proof(verb(path, base=base, merged=merged)):
         raise typer.Exit(1)
 
 

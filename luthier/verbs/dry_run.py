@@ -12,13 +12,12 @@ import torch
 from luthier.bases.hardware import choose_device, has_bf16, peak_flops, resident_memory, total_memory
 from luthier.bases.load import load_base
 from luthier.data.prepare import prepare
-from luthier.errors import LuthierError
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.training.feed import ready
 from luthier.training.precision import choose_precision
 from luthier.training.predict import predict_step
-from luthier.training.run import steps_of
+from luthier.training.run import _steps as steps_of
 
 EFFICIENCY = {"fp32": 0.5, "bf16": 0.33}
 """Share of a bare matrix product's speed that a training step reaches, measured at 29 M parameters on two cores."""
@@ -102,6 +101,3 @@ def _mean_tokens(data: Any, rows: int) -> float:
     if data.train is None or data.spec.packing:
         return float(rows * data.longest)
     return rows * float(data.train.lengths.mean())
-
-
-__all__ = ["DryRun", "LuthierError", "dry_run"]

@@ -1,0 +1,5 @@
+"""python -m luthier.cli"""
+
+from luthier.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""audit: what a finished delta gained on its target and what it cost elsewhere, measured again or by another plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.attach import attached
+from luthier.delta.artefact import Delta
+from luthier.errors import LuthierError
+from luthier.measuring.audit import audit as measure
+from luthier.measuring.report import write_report
+from luthier.plan import Plan
+from luthier.plan.load import load_plan
+from luthier.verbs.load import load_all
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What was found, and where its report lies."""
+
+    out: Path
+    report: dict[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """What was gained and lost, in one line."""
+        return self.report["audit"]["verdict"]
+
+
+def audit(
+    delta: str | os.PathLike[str],
+    plan: Plan | dict[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Audited:
+    """Measures a delta folder on the base it was made on; writes report.json and report.html.
+
+    plan: whose base, data and audit sections count; default the one in the delta's lineage. out: default DELTA/audit.
+    Errors: a delta without a plan, a plan without anything to measure, and whatever `load` refuses.
+    """
+    folder = Path(delta)
+    found = Delta.load(folder)
+    stated = plan if plan is not None else found.lineage.get("plan")
+    if not stated:
+        raise LuthierError(
+            f"{folder} holds no plan (it was not tuned here): give one by --plan that says what to measure"
+        )
+    read = load_plan(stated, overrides, methods=False)
+    spec = read.audit.model_copy(update={"enabled": True})
+    if not (spec.target or spec.guards or spec.shifted):
+        raise LuthierError("the plan's audit section names nothing to measure: state audit.target or audit.guards")
+    base_spec = (
+        read.base
+        if plan is not None
+        else read.base.model_copy(update={"name": found.base.get("name") or read.base.name})
+    )
+    model, base = load_all(base_spec, [folder])
+    result = measure(base, attached(model), spec, data=read.data, seed=read.train.seed, progress=progress)
+    report = {
+        "plan": read.model_dump(mode="json", by_alias=True),
+        "base": {"name": found.base.get("name"), "fingerprint": found.base.get("fingerprint")},
+        "audit": result.to_dict(),
+        "warnings": [],
+    }
+    place = Path(out) if out is not None else folder / "audit"
+    write_report(place, report)
+    return Audited(place, report)

@@ -1,0 +1,103 @@
+"""generate: a base with deltas on it, answering prompts through its chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.attach import attached
+from luthier.errors import LuthierError
+from luthier.sampling.generate import Sampling
+from luthier.sampling.generate import generate as decode
+from luthier.verbs.load import load_all
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""Text of a user's turn, or messages."""
+
+
+class Speaker:
+    """A base with deltas, loaded once and asked many times."""
+
+    def __init__(self, base: Any = "practice", deltas: Iterable[Any] = (), **fields: Any) -> None:
+        """base, deltas, fields: as for `luthier.load`."""
+        self.model, loaded = load_all(base, deltas, **fields)
+        self.tokenizer = loaded.tokenizer
+        if self.tokenizer is None:
+            raise LuthierError(f"base {base} has no tokenizer: give one by base.tokenizer")
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        raw: bool = False,
+        without: bool = False,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """The answers, in order. raw: go on from the text itself; without: with the deltas switched off."""
+        ids = [self._ids(p, raw) for p in prompts]
+        sampling = Sampling(temperature=temperature, seed=seed)
+
+        def run() -> list[list[int]]:
+            return decode(self.model, self.tokenizer, ids, max_new_tokens, batch_size, sampling=sampling)
+
+        if without:
+            with attached(self.model).off():
+                answers = run()
+        else:
+            answers = run()
+        return [self.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
+
+    def _ids(self, prompt: Prompt, raw: bool) -> list[int]:
+        chat = getattr(self.tokenizer, "chat_template", None)
+        if raw or (chat is None and isinstance(prompt, str)):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if chat is None:
+            raise LuthierError("messages need a chat template and this tokenizer has none: give text, or another base")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def generate(base: Any, prompts: str | Sequence[Prompt], deltas: Iterable[Any] = (), **options: Any) -> list[str]:
+    """Answers of a base with deltas. options: as for Speaker.answer (max_new_tokens, temperature, seed, raw …).
+
+    >>> luthier.generate("practice", ["Reverse: 3 1 2"], deltas=["out"])  # doctest: +SKIP
+    """
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    return Speaker(base, deltas).answer(asked, **options)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a file: one a line, or JSONL with 'prompt' or 'messages' (a last assistant turn is left out)."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as e:
+        raise LuthierError(f"{path}: there is no such file: give prompts by --prompt, or another --file") from e
+    except UnicodeDecodeError as e:
+        raise LuthierError(f"{path}: not UTF-8 at byte {e.start}: save it as UTF-8 text") from e
+    except OSError as e:
+        raise LuthierError(f"{path}: cannot be read ({e.strerror}): give a readable file") from e
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise LuthierError(f"{path}: is empty: write one prompt a line")
+    if path.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt(line, f"{path}:{n}") for n, line in numbered]
+
+
+def _prompt(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise LuthierError(f"{where}: not JSON ({e.msg}): correct that line") from e
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(messages, list) and messages:
+        return messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    raise LuthierError(f"{where}: no 'prompt' and no 'messages': rename the column that holds the prompt")
