@@ -110,7 +110,8 @@ class Pick(Choice):
     score: str = "random"
     """random, or a key of SCORES; of a unit it is the mean over its entries."""
     granularity: Granularity = "tensor"
-    """part: a module's weight with its bias; head: rows of q, k, v or columns of o; expert: a module's or a slice."""
+    """part: a module's weight with its bias; row, column: an output, an input of a matrix; head: rows of q, k, v or
+    columns of o; expert: a slice of a fused parameter. Parameters that have no such units are not picked among."""
     within: Strata = "whole"
     """Each of these has the budget for itself; kind is attn, ffn, norm, embed, head …"""
     fraction: float | None = None
@@ -145,6 +146,9 @@ class Pick(Choice):
         pool = {n: s for n, s in items.items() if n not in chosen and matches(n, s, self.of)}
         if not pool:
             raise LuthierError(f"choice: {', '.join(self.of)} matches no parameter that is not already always chosen")
+        pool = {n: s for n, s in pool.items() if has_units(s, self.granularity)}
+        if not pool:
+            raise LuthierError(f"choice: no parameter of {', '.join(self.of)} is made of {self.granularity}s")
         strata: dict[tuple[object, ...], dict[str, Site]] = {}
         for name, site in pool.items():
             strata.setdefault(stratum(name, site, self.within), {})[name] = site
@@ -162,10 +166,8 @@ class Pick(Choice):
             scores = self._scores(key, len(groups), lambda: [self._mean(names, ctx) for names in groups.values()], ctx)
             taken = self._take(scores, sizes).tolist()
             return {n: None for k, names in enumerate(groups.values()) if k in set(taken) for n in names}
-        tables = {n: layout(s, self.granularity, self.head_dim) for n, s in members.items()}
-        tables = {n: t for n, t in tables.items() if t is not None}
-        if not tables:
-            raise LuthierError(f"choice: no parameter of {', '.join(self.of)} is made of {self.granularity}s")
+        found = {n: layout(s, self.granularity, self.head_dim) for n, s in members.items()}
+        tables = {n: t for n, t in found.items() if t is not None}
         units = [t.shape[0] for t in tables.values()]
         sizes = torch.cat([torch.full((t.shape[0],), t.shape[1]) for t in tables.values()])
 
@@ -245,18 +247,27 @@ def _numel(site: Site) -> int:
     return int(torch.Size(site.shape).numel())
 
 
+def has_units(site: Site, granularity: str) -> bool:
+    """Whether a parameter is made of such units."""
+    if granularity == "expert":
+        return site.experts > 0 and len(site.shape) > 1
+    if granularity == "head":
+        return len(site.shape) == 2 and site.role in ("attn.q", "attn.k", "attn.v", "attn.o")
+    return len(site.shape) == 2 if granularity in ("row", "column") else True
+
+
 def layout(site: Site, granularity: str, head_dim: int = 0) -> Tensor | None:
     """Flat entries of a parameter by unit, [units, entries of each]; None where it has no such units."""
+    if not has_units(site, granularity):
+        return None
     flat = torch.arange(_numel(site)).view(site.shape)
     if granularity == "entry":
         return flat.view(-1, 1)
     if granularity == "expert":
-        return flat.flatten(1) if site.experts and flat.dim() > 1 else None
-    if flat.dim() != 2 or site.kind == "embedding" and granularity == "head":
-        return None
+        return flat.flatten(1)
     rows = flat.t() if site.kind == "conv1d" else flat  # [d_out, d_in]
+    if granularity == "head" and site.role != "attn.o":
+        return rows.reshape(rows.shape[0] // head_dim, -1)
     if granularity == "head":
-        if site.role in ("attn.q", "attn.k", "attn.v"):
-            return rows.reshape(rows.shape[0] // head_dim, -1)
-        return rows.t().reshape(rows.shape[1] // head_dim, -1) if site.role == "attn.o" else None
+        return rows.t().reshape(rows.shape[1] // head_dim, -1)
     return rows if granularity == "row" else rows.t()
