@@ -109,7 +109,9 @@ def jsonl_rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None)
             try:
                 value = json.loads(text)
             except json.JSONDecodeError as e:
-                raise LuthierError(f"{where}: broken JSON, {e.msg} at column {e.colno}; mend or remove the line") from e
+                raise LuthierError(
+                    f"{where}: broken JSON, {e.msg.removesuffix(' at')} at column {e.colno}; mend or remove the line"
+                ) from e
             yield Raw(an_object(value, where), where, after)
         start = after
     if not any_row:
@@ -148,7 +150,7 @@ def json_array(path: Path) -> list[Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as e:
-        raise LuthierError(f"{path}:{e.lineno}: broken JSON, {e.msg} at column {e.colno}") from e
+        raise LuthierError(f"{path}:{e.lineno}: broken JSON, {e.msg.removesuffix(' at')} at column {e.colno}") from e
     if isinstance(value, dict):
         lists = [k for k, v in value.items() if isinstance(v, list)]
         hint = f"write the array under {lists[0]!r} alone" if lists else "wrap the record in [ ]"

@@ -81,7 +81,9 @@ def a_list(value: Any, column: str, where: str) -> list[Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as e:
-            raise LuthierError(f"{where}: column {column!r} holds broken JSON, {e.msg} at column {e.colno}") from e
+            raise LuthierError(
+                f"{where}: column {column!r} holds broken JSON, {e.msg.removesuffix(' at')} at column {e.colno}"
+            ) from e
     if not isinstance(value, list):
         raise wrong(where, column, value, "a list")
     return value
@@ -215,9 +217,10 @@ def from_prompt(fields: Mapping[str, Any], where: str) -> Example:
 
 def from_alpaca(fields: Mapping[str, Any], where: str) -> Example:
     a_string(fields, "output", where)
-    messages, weights, plain = conversation(fields, "output", where)
+    messages, _, plain = conversation(fields, "output", where)
     # Alpaca's earlier answers are examples of the wanted behaviour, so they are trained like the last one.
-    return Example(where, messages, [None] * len(messages), plain)
+    trained: list[float | None] = [None] * len(messages)
+    return Example(where, messages, trained, plain)
 
 
 def from_sharegpt(fields: Mapping[str, Any], where: str) -> Example:

@@ -99,7 +99,7 @@ class Maker:
                     f"{row.where}: no supervised token{cut}; {'raise data.max_length, ' if cut else 'check data.loss_on, '}"
                     "mend the record, or set data.unsupervised: drop"
                 )
-            self.ledger.drop(f"unsupervised{cut}")
+            self.ledger.drop("unsupervised after truncation" if cut else "unsupervised")
             return None
         if row.eot is False and not row.truncated and self.spec.end_of_turn == "require":
             raise LuthierError(

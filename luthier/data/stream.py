@@ -151,7 +151,6 @@ class StreamBatches:
         self.window = -(-window // round_) * round_
         self.epoch, self.block, self.position = 0, 0, 0
         self._now: Block | None = None
-        self._next: Block | None = None
         self._plan: list[list[list[int]]] = []
         self._rows: Iterator[tuple[Row | None, Place]] = iter(())
 
@@ -168,7 +167,7 @@ class StreamBatches:
         return None if self.per_epoch is None else -(-self.per_epoch // accumulate)
 
     def _fill(self, begin: Place) -> None:
-        """Begin to read at a place; one block more than the current one, to know whether a batch is the epoch's last."""
+        """Begin to read at a place."""
         self._rows = self.records.rows(self.maker, begin)
         self._now = next_block(self._rows, begin, self.window)
         if self._now is None:
@@ -178,7 +177,6 @@ class StreamBatches:
         self._prepare(self._now)
 
     def _prepare(self, now: Block) -> None:
-        self._next = next_block(self._rows, now.after, self.window)
         lengths = np.array([max(len(r.ids), 0 if r.second is None else len(r.second)) for r in now.rows])
         order = (
             permutation(len(lengths), self.seed, self.epoch, self.block, 1) if self.shuffle else np.arange(len(lengths))
@@ -200,14 +198,15 @@ class StreamBatches:
         chosen, silent = (plan[number], False) if number < len(plan) else (plan[0], True)
         batch = self.collate([[rows[i] for i in unit] for unit in chosen], silent=silent)
         self.position += 1
-        batch["last"] = self.position == rounds and self._next is None
+        batch["last"] = False
         if self.position == rounds:
-            self.position = 0
-            if self._next is None:
-                self.epoch, self.block, self._now = self.epoch + 1, 0, None
+            following = next_block(self._rows, self._now.after, self.window)
+            self.position, self._now = 0, following
+            if following is None:
+                self.epoch, self.block, batch["last"] = self.epoch + 1, 0, True
             else:
-                self.block, self._now = self.block + 1, self._next
-                self._prepare(self._now)
+                self.block += 1
+                self._prepare(following)
         return batch
 
     def one_epoch(self) -> Iterator[dict[str, Any]]:

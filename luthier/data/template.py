@@ -150,13 +150,13 @@ class Chat:
             self.ledger.note("special tokens inside a record's own words")
         base = 1.0 if self.spec.loss_on == "all" else 0.0
         weights = self.turn_weights(messages, stated)
-        wanted = [i for i, w in enumerate(weights) if w != base]
+        wanted: set[int] = {i for i, w in enumerate(weights) if w != base}
         text, marks = self._render(messages, where, tools, options, False, self.marked)
         out = Rendered(text, where, base=base)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         by_mark = dict(zip(answers, marks, strict=True)) if len(marks) == len(answers) else {}
-        last = max((i for i in answers if weights[i] > 0), default=None)
-        for i in sorted({*wanted, *([] if last is None else [last])}):
+        last: int | None = max((i for i in answers if weights[i] > 0), default=None)
+        for i in sorted(wanted if last is None else wanted | {last}):
             if messages[i]["role"] == "assistant":
                 start, stop, end = self.answer(text, messages, i, where, tools, options, by_mark.get(i))
                 out.end = end if i == last else out.end
