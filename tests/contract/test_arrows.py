@@ -22,12 +22,16 @@ HOUSE = [
     {"verbs"},
     {"cli"},
 ]
-"""Floors from the ground up. On the ground rooms may know each other; above it only what is below and themselves."""
-UNKNOWN_TO_EACH_OTHER = 1
+"""Floors from the ground up. Rooms of the ground may know each other; above it a room knows what is below, and itself."""
 METHODS = HOUSE[2]
 ENGINE = "engine"
 """A room of methods may have this one file of shared machinery."""
 LOW = {"torch", "luthier.delta", "luthier.parts", "luthier.errors"}
+BY_NAME = {
+    ("data/read.py", "luthier.practice.world"): "records of practice: are made by the built-in world",
+    ("measuring/sources.py", "luthier.practice.world"): "and judged by its verifiers",
+}
+"""Rooms above that are reached through a string, when a plan asks for them; each with its reason."""
 FLOOR = {room: k for k, rooms in enumerate(HOUSE) for room in rooms}
 ROOT = Path(luthier.__file__).parent
 
@@ -68,7 +72,7 @@ def test_every_room_has_its_floor() -> None:
 
 
 def test_arrows_point_down() -> None:
-    read, arrows, wrong = 0, 0, []
+    read, arrows, wrong, by_name = 0, 0, [], set()
     for room, path in files():
         read += 1
         for module in imports(path):
@@ -80,10 +84,15 @@ def test_arrows_point_down() -> None:
             arrows += 1
             if path == ROOT / "delta" / "registry.py" and other in METHODS:
                 continue  # the registries name the rooms that they search; nothing there is imported before it is asked for
+            hook = (path.relative_to(ROOT).as_posix(), module)
+            if hook in BY_NAME and f'"{module}"' in path.read_text(encoding="utf-8"):
+                by_name.add(hook)
+                continue
             down = FLOOR[other] < FLOOR[room] or FLOOR[other] == FLOOR[room] == 0
             if not down:
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong, "\n".join(sorted(wrong))
+    assert by_name == set(BY_NAME), "a stated exception is no longer used"
     assert read == len(files()) > 40 and arrows > 40
 
 
