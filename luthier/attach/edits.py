@@ -12,6 +12,17 @@ from luthier.attach.weights import gathered, module_at
 from luthier.errors import LuthierError
 
 
+def assign(place: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor into a parameter, which may be sharded (each process then takes its own part)."""
+    like: Any = place
+    if hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = value.to(like.device).to(like.dtype).contiguous()
+        value = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    like.detach().copy_(value)
+
+
 @dataclass
 class Edit:
     """One parameter of the base that a piece moves.
@@ -81,16 +92,15 @@ class Edit:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges the parameter's values with the kept ones: base in, tuned kept, and the other way round."""
-        live = self.parameter.detach()
-        kept = self.original.to(live.device)
-        self.original = live.clone().to(self.original.device)
-        live.copy_(kept)
+        kept = self.original
+        self.original = gathered(self.parameter.detach()).clone().to(kept.device)
+        assign(self.parameter, kept)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the base's values back for good."""
         self.train(False)
-        self.parameter.copy_(self.original.to(self.parameter.device))
+        assign(self.parameter, self.original)
 
 
 def begin(model: nn.Module, piece: str, full_name: str, index: Tensor | None, train_in: torch.dtype | None) -> Edit:

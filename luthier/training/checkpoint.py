@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.attach import Attached
+from luthier.attach.edits import assign
 from luthier.attach.weights import gathered
 from luthier.errors import LuthierError
 from luthier.training.groups import Optimiser
@@ -45,8 +46,12 @@ def tensors_of(handle: Attached, optimiser: Optimiser) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_back(handle: Attached, tensors: Mapping[str, Tensor]) -> None:
-    """Writes saved numbers and moved parameters into the model; every one must have its place."""
+def put_back(handle: Attached, tensors: Mapping[str, Tensor], *, earlier: bool = False) -> None:
+    """Writes saved numbers and moved parameters into the model; every one must have its place.
+
+    `earlier`: the tensors are of an earlier moment of this same run. Parameters that a redraw has moved since then
+    return to the base, and entries drawn since then give way to those of that moment.
+    """
     places: dict[str, Tensor] = {}
     for piece, placed in handle.placed.items():
         for q in placed:
@@ -54,11 +59,19 @@ def put_back(handle: Attached, tensors: Mapping[str, Tensor]) -> None:
                 places |= {f"{group}|{piece}|{q.state.site.name}|{name}": v for name, v in table.items()}
     for piece, table in handle.edits.items():
         for key, edit in table.items():
+            index, values, moved = (f"{kind}|{piece}|{key}" for kind in ("index", "values", "moved"))
+            if earlier:
+                assign(edit.parameter, edit.original)
+                if values not in tensors and moved not in tensors:
+                    continue
+                if edit.values is not None:
+                    edit.index = tensors[index].to(edit.parameter.device)
+                    edit.values.data = tensors[values].to(edit.values.device).clone()
             if edit.values is not None:
-                places[f"values|{piece}|{key}"] = edit.values
-            if edit.values is None or f"moved|{piece}|{key}" in tensors:
+                places[values] = edit.values
+            if edit.values is None or moved in tensors:
                 edit.redrawn = edit.values is not None
-                places[f"moved|{piece}|{key}"] = edit.parameter
+                places[moved] = edit.parameter
     saved = {k: v for k, v in tensors.items() if not k.startswith(("optimiser|", "index|", "best|"))}
     if set(saved) != set(places):
         odd = sorted(set(saved) ^ set(places))
@@ -66,8 +79,14 @@ def put_back(handle: Attached, tensors: Mapping[str, Tensor]) -> None:
             f"the checkpoint and the plan's deltas differ at {odd[0]} ({len(odd)} such): resume with the run's own plan"
         )
     for key, value in saved.items():
-        _assign(places[key], value)
-    handle.after_step()
+        assign(places[key], value)
+    if not earlier:
+        handle.after_step()
+        return
+    for piece, table in handle.edits.items():
+        for key, edit in table.items():
+            if f"values|{piece}|{key}" in tensors:
+                edit.write()
 
 
 def selections_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor | None]]:
@@ -80,16 +99,6 @@ def selections_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor |
             entries = out.setdefault(piece, {})
             entries[name] = value if kind == "index" else entries.get(name)
     return out
-
-
-def _assign(place: Tensor, value: Tensor) -> None:
-    if hasattr(place, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        like: Any = place
-        place.copy_(distribute_tensor(value.to(place.device), like.device_mesh, like.placements))
-    else:
-        place.copy_(value.to(place.device))
 
 
 def random_states() -> dict[str, Any]:

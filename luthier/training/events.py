@@ -42,6 +42,8 @@ class Events:
             callback(event, loop)
 
     def begin(self, loop: Loop) -> None:
+        if loop.machine.first:
+            _forget_after(self.out / "log.jsonl", loop.progress.step)
         if self.show and loop.machine.first:
             self.bar = Bar(loop.steps, loop.progress.step, loop.progress.tokens)
         self.tell("begin", loop)
@@ -56,7 +58,7 @@ class Events:
         ):
             self._evaluate(loop)
         if self.plan.train.keep_best and self.best_tensors is not None:
-            checkpoint.put_back(loop.handle, self.best_tensors)
+            checkpoint.put_back(loop.handle, self.best_tensors, earlier=True)
         self.tell("end", loop)
         if self.bar:
             self.bar.close()
@@ -73,23 +75,24 @@ class Events:
             loop.optimiser = make_optimiser(loop.handle, train, self.pieces.rates, loop.optimiser)
             certificate.same_on_all(loop.machine, sorted(loop.optimiser.names))
         self.tell("step", loop)
-        leaving = loop.machine.any(self.asked is not None)
-        if leaving and state.step < loop.steps:
-            state.stopped = self.asked or "another process was asked to stop"
+        leaving = loop.machine.any(self.asked is not None) and state.step < loop.steps
+        if leaving:  # decided by all processes together, so that all of them save
+            state.stopped = state.stopped or self.asked or "another process was asked to stop"
         every = self.plan.checkpoint.every
-        if (every and state.step % every == 0 and state.step < loop.steps) or state.stopped in ("SIGINT", "SIGTERM"):
+        if (every and state.step % every == 0 and state.step < loop.steps) or leaving:
             self.save(loop)
         return state.stopped is not None
 
     def save(self, loop: Loop) -> None:
         """Writes a checkpoint of everything."""
+        stopped = loop.progress.stopped or ""
         tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
         for kind, value in (self.best_tensors or {}).items():
             tensors[f"best|{kind}"] = value
         state = {
             "plan": self.plan.model_dump(mode="json", by_alias=True),
             "data_fingerprint": self.data.fingerprint,
-            "progress": asdict(loop.progress) | {"stopped": None},
+            "progress": asdict(loop.progress) | {"stopped": stopped if stopped.startswith("early") else None},
             "data": self.batches.state_dict(),
             "choices": self.pieces.state(),
             "random": certificate.gather_random(loop.machine),
@@ -125,8 +128,15 @@ class Events:
         if self.bar:
             self.bar.update(loop.progress, row)
         if loop.machine.first:
-            with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": loop.progress.step, **row}) + "\n")
+            path = self.out / "log.jsonl"
+            try:
+                with path.open("a", encoding="utf-8") as f:
+                    f.write(json.dumps({"step": loop.progress.step, **row}) + "\n")
+            except OSError as e:
+                good = checkpoint.latest(self.out / "checkpoints")
+                raise LuthierError(
+                    f"cannot write {path} ({e}): free some space; last checkpoint: {good or 'none'}"
+                ) from e
 
     def on_non_finite(self, loop: Loop, batches: list[Batch], loss: float) -> None:
         """Writes the records of the step beside the checkpoints; stops, or goes on where the plan says skip."""
@@ -140,6 +150,20 @@ class Events:
                 f"step {loop.progress.step + 1}: the {what} is not finite; its {len(rows)} records are in {path}; "
                 f"last good checkpoint: {good or 'none'}; lower train.lr or set train.non_finite: skip"
             )
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops lines of steps that a resumed run does again, and a line that was cut off by a kill."""
+    kept = []
+    if step and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue  # written half
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def _callable(name: str) -> Callable[[str, Loop], None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.attach import Attached
+from luthier.attach.edits import assign
 from luthier.delta import OPTIMISERS
 from luthier.errors import LuthierError
 from luthier.plan.schema import TrainSpec
@@ -49,8 +50,12 @@ class Optimiser:
             name, moment = key.rsplit("//", 1)
             if name in self.names:
                 parameter = self.names[name]
-                device = "cpu" if moment == "step" and parameter.device.type == "cpu" else parameter.device
-                self.torch.state[parameter][moment] = value.to(device).clone()
+                if value.shape == parameter.shape and moment != "step":
+                    place = torch.zeros_like(parameter, dtype=value.dtype, memory_format=torch.preserve_format).detach()
+                    assign(place, value)
+                else:
+                    place = value.to(parameter.device).clone()
+                self.torch.state[parameter][moment] = place
 
 
 def make_optimiser(
@@ -64,7 +69,9 @@ def make_optimiser(
     names: dict[str, nn.Parameter] = {}
     for piece, rows in handle.trained().items():
         own = rates.get(piece, Rates())
-        for name, parameter in sorted(rows, key=lambda row: row[0]):  # sums of norms depend on the order; a resume has it too
+        for name, parameter in sorted(
+            rows, key=lambda row: row[0]
+        ):  # sums of norms depend on the order; a resume has it too
             decay = train.weight_decay if own.weight_decay is None else own.weight_decay
             key = (own.lr or train.lr, decay if parameter.dim() > 1 else 0.0)
             groups.setdefault(key, []).append(parameter)

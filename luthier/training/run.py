@@ -93,7 +93,8 @@ def signals(stop: Callable[[str], None]) -> Iterator[None]:
 
     def ask(number: int, frame: Any) -> None:
         stop(signal.Signals(number).name)
-        signal.signal(number, old[number] if callable(old[number]) else signal.SIG_DFL)
+        for each, handler in old.items():
+            signal.signal(each, handler if callable(handler) else signal.SIG_DFL)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -131,7 +132,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     pieces = Pieces(handle, base, plan.train.seed)
     pieces.attach(plan.delta)
     if plan.train.checkpointing:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(base.model)
     if plan.train.compile:
         base.model.compile(dynamic=True)
     head = base.model.get_output_embeddings() if base.kind != "classify" else None
@@ -197,6 +198,15 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         training.record["resume_certificate"] = certificate.check(loop, feed, state)
     events.begin(loop)
     return training
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """By the name that transformers gives it from 5.20 on, or the older one."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as e:
+        raise LuthierError(f"train.checkpointing: {e}: set it to false for this architecture") from e
 
 
 def _steps(plan: Plan, data: Any, world: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from luthier.measuring.report import write_report
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.training.certificate import versions
+from luthier.training.checkpoint import latest
 from luthier.training.lock import locked
 from luthier.training.run import Training, build, plain, signals
 
@@ -67,12 +69,20 @@ def tune(
 
         return predict(plan)
     folder = Path(out)
-    with locked(folder):
-        if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+    begun = folder.is_dir()
+    first = int(os.environ.get("RANK", "0")) == 0
+    with locked(folder) if first else nullcontext():
+        have = latest(folder / "checkpoints")
+        if have and not resume:
             raise LuthierError(
                 f"{folder} holds checkpoints of an earlier run: add --resume to go on, or choose another --out"
             )
-        training = build(plan, folder, resume=resume, progress=progress)
+        too_early = (
+            resume and begun and have is None
+        )  # killed before its first checkpoint: the same run, from its start
+        training = build(plan, folder, resume=resume and not too_early, progress=progress)
+        if too_early:
+            training.base.notes.append(f"--resume found no checkpoint in {folder}: the run began at its first step")
         with signals(training.events.stop):
             state = training.train()
         if state.stopped and not state.stopped.startswith("early"):
