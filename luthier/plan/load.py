@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from luthier.errors import LuthierError
-from luthier.plan.problems import fields, first_problem, unknown_key
+from luthier.plan.problems import first_problem, unknown_key
 from luthier.plan.schema import DeltaSpec, Plan
 from luthier.plan.yaml import expand, read_yaml
 
 if TYPE_CHECKING:
     from luthier.delta import Registry
-
-SHORT = {"base": "name", "data": "train", "objective": "name", "delta": "form"}
-"""Sections that may be written as one word, and the key that word is."""
 
 
 def load_plan(
@@ -109,49 +106,51 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise LuthierError(f"override '{override}': write it as key=value, such as train.lr=1e-4")
     value = expand(read_yaml(text, f"override '{override}'"), path)
+    _open(raw)
     here: Any = raw
-    for i, key in enumerate(keys[:-1]):
-        here = _into(here, key, ".".join(keys[:i]), override, SHORT.get(key) if i == 0 else None)
-    last, place = keys[-1], ".".join(keys[:-1])
-    if isinstance(here, list) and not last.isdigit():
-        here = _only(here, place, override)
-    if isinstance(here, list):
-        here[_index(here, last, place, override)] = value
-    elif isinstance(here, dict):
-        here[last] = value
-    else:
-        raise LuthierError(f"override '{override}': {place} is a value, not a section: write {place}=…")
+    for i, key in enumerate(keys):
+        place = ".".join(keys[:i])
+        if isinstance(here, list) and not key.isdigit():
+            if len(here) != 1:
+                raise LuthierError(
+                    f"override '{override}': {place} has {len(here)} entries: say which, as in {place}.0"
+                )
+            here = here[0]
+        if isinstance(here, list):
+            slot: Any = int(key)
+            if slot >= len(here):
+                raise LuthierError(f"override '{override}': {place} has {len(here)} entries, counted from 0")
+        elif isinstance(here, dict):
+            slot = key
+        else:
+            raise LuthierError(f"override '{override}': {place} is a value, not a section: write {place}=…")
+        if i == len(keys) - 1:
+            here[slot] = value
+        else:
+            here = here.setdefault(slot, {}) if isinstance(here, dict) else here[slot]
 
 
-def _into(here: Any, key: str, place: str, override: str, short: str | None) -> Any:
-    if isinstance(here, list) and not key.isdigit():
-        here = _only(here, place, override)
-    if isinstance(here, list):
-        i = _index(here, key, place, override)
-        here[i] = {"form" if place == "delta" else "path": here[i]} if isinstance(here[i], str) else here[i]
-        return here[i]
-    if not isinstance(here, dict):
-        raise LuthierError(f"override '{override}': {place} is a value, not a section: write {place}=…")
-    inner = here.setdefault(key, {})
-    where = f"{place}.{key}" if place else key
-    if isinstance(inner, str) and (short or where in ("data.train", "data.eval")):
-        inner = here[key] = {short or "path": inner}
-    return inner
+def _open(raw: dict[str, Any]) -> None:
+    """Writes out the short forms, so that an override can reach inside them."""
+    for key, name in (("base", "name"), ("data", "train"), ("objective", "name")):
+        if isinstance(raw.get(key), str):
+            raw[key] = {name: raw[key]}
+    _open_list(raw, "delta", lambda text: {"form": text})
+    data, audit = raw.get("data"), raw.get("audit")
+    for key in ("train", "eval"):
+        if isinstance(data, dict):
+            _open_list(data, key, lambda text: {"path": text})
+    for key in ("target", "guards", "shifted"):
+        if isinstance(audit, dict) and isinstance(audit.get(key), list):
+            _open_list(audit, key, lambda text: {"source": {"path": text, "split": "test"}})
 
 
-def _only(entries: list[Any], place: str, override: str) -> Any:
-    """The one entry of a list that is addressed without an index."""
-    if len(entries) != 1:
-        raise LuthierError(f"override '{override}': {place} has {len(entries)} entries: say which, as in {place}.0")
-    if isinstance(entries[0], str):
-        entries[0] = {"form" if place == "delta" else "path": entries[0]}
-    return entries[0]
-
-
-def _index(entries: list[Any], key: str, place: str, override: str) -> int:
-    if int(key) >= len(entries):
-        raise LuthierError(f"override '{override}': {place} has {len(entries)} entries, counted from 0")
-    return int(key)
+def _open_list(section: dict[str, Any], key: str, opened: Callable[[str], dict[str, Any]]) -> None:
+    value = section.get(key)
+    if isinstance(value, str | dict):
+        value = [value]
+    if isinstance(value, list):
+        section[key] = [opened(v) if isinstance(v, str) else v for v in value]
 
 
 # -- names and settings of methods
@@ -211,6 +210,3 @@ def _setting(path: str, key: str, known: Sequence[str], ours: Sequence[str]) -> 
         if "did you mean" in line or "is called" in line or "command line" in line
         else f"{path}.{key}: unknown key"
     )
-
-
-__all__ = ["dump_plan", "fields", "load_plan"]
