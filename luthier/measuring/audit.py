@@ -107,15 +107,24 @@ def _drift(base: Any, switch: Switch, spec: AuditSpec, checks: Sequence[Prepared
     prompts = _spread([i.source or i.ids[:_OPENING] for c in guards for i in c.items])
     options: dict[str, Any] = {"kind": base.kind, "batch_size": spec.batch_size}
     if base.kind == "classify":
-        rows = [Item(str(n), "", source=p) for n, p in enumerate(prompts or _spread([i.source for c in checks for i in c.items]))]
-        return drift(base.model, switch, rows, source="classes", resamples=spec.resamples, seed=seed, **options) if rows else None
+        rows = [
+            Item(str(n), "", source=p)
+            for n, p in enumerate(prompts or _spread([i.source for c in checks for i in c.items]))
+        ]
+        return (
+            drift(base.model, switch, rows, source="classes", resamples=spec.resamples, seed=seed, **options)
+            if rows
+            else None
+        )
     if base.kind == "seq2seq" and not prompts:
         prompts = _spread([i.source for c in checks for i in c.items if i.source])
     begin = starts(base.tokenizer, prompts)
     if not begin:
         raise LuthierError("drift has nothing to start from: name a guard, or set audit.drift_tokens: 0")
     items = own_text(base.model, base.tokenizer, switch, begin, spec.drift_tokens, seed=seed, **options)
-    told = "the base's own writing, begun as the guards' records begin" if prompts else "the base's own text from nothing"
+    told = (
+        "the base's own writing, begun as the guards' records begin" if prompts else "the base's own text from nothing"
+    )
     return drift(base.model, switch, items, source=told, resamples=spec.resamples, seed=seed, **options)
 
 

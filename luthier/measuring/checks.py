@@ -87,7 +87,9 @@ def _score(metric: Metric, item: Item, response: Response) -> Score:
         if response.loss is None:
             raise LuthierError(f"record {item.id} has no token to measure a loss on: give it an answer or take it out")
         if not math.isfinite(response.loss):
-            raise LuthierError(f"the loss on record {item.id} is {response.loss}: the model is broken, audit an earlier one")
+            raise LuthierError(
+                f"the loss on record {item.id} is {response.loss}: the model is broken, audit an earlier one"
+            )
         return Score(response.loss, response.tokens)
     if metric.needs == "label":
         right = response.label == item.label
@@ -119,7 +121,9 @@ def compare(
 ) -> CheckResult:
     """Judge both sides of a check and set them against each other, item by item."""
     if not items:
-        raise LuthierError(f"check '{name}' has no record to measure on: give its source records, or take the check out")
+        raise LuthierError(
+            f"check '{name}' has no record to measure on: give its source records, or take the check out"
+        )
     was, now = judge(metric, items, before), judge(metric, items, after)
     pairs = np.array([[b.value, a.value] for b, a in zip(was, now, strict=True)]).reshape(-1, 2)
     weights = np.array([b.weight for b in was])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 
-
 @dataclass
 class Cost:
     """The price of a run; what was not measured is None. Memory and sizes in bytes, times in seconds."""

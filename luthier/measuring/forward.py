@@ -126,9 +126,7 @@ def classes(model: Any, items: Sequence[Item], batch_size: int) -> list[Response
     return [r for r in out if r is not None]
 
 
-def answers(
-    model: Any, tokenizer: Any, items: Sequence[Item], max_new_tokens: int, batch_size: int
-) -> list[Response]:
+def answers(model: Any, tokenizer: Any, items: Sequence[Item], max_new_tokens: int, batch_size: int) -> list[Response]:
     """Greedy answers, special tokens removed."""
     from luthier.sampling.generate import generate
 

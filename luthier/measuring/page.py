@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.measuring import plots, words
@@ -36,15 +36,13 @@ def page(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _group(kind: str, checks: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _group(kind: str, checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     title, told = _GROUPS[kind]
     return {"kind": kind, "title": title, "told": told, "checks": [_check(c, kind) for c in checks]}
 
 
 def _check(check: Mapping[str, Any], kind: str) -> dict[str, Any]:
     scale = plots.check_scale(check)
-    turned = check.get("flips")
-    undecided = check.get("undecided") or {}
     return {
         "name": check["name"],
         "metric": check["metric"],
@@ -55,13 +53,22 @@ def _check(check: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "way": words.direction(check),
         "plot": plots.dots(check),
         "ends": (words.score(check, scale.low), words.score(check, scale.high)),
-        "flips": (turned["positive"], turned["negative"]) if turned else None,
-        "undecided": max(undecided.values(), default=0),
+        "counts": _counts(check),
         "detectable": _detectable(check),
         "lower": check.get("better") == "lower",
         "samples": [_sample(s, check) for s in check.get("samples") or []],
         "kind": kind,
     }
+
+
+def _counts(check: Mapping[str, Any]) -> str:
+    """What turned, what could not be decided, what was left out: in words, only where there is any."""
+    turned, undecided, dropped = (check.get(k) or {} for k in ("flips", "undecided", "dropped"))
+    told = [f"{turned['positive']} newly right, {turned['negative']} newly wrong"] if turned else []
+    unclear = max(undecided.values(), default=0)
+    told += [f"{unclear} undecided, counted as wrong"] if unclear else []
+    told += [f"{count} left out: {reason}" for reason, count in dropped.items()]
+    return " · ".join(told)
 
 
 def _detectable(check: Mapping[str, Any]) -> str:
@@ -88,7 +95,10 @@ def _drift(drift: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     kl, same = drift["kl"], drift["agreement"]
     return [
         ("KL(base ‖ tuned) per token", f"{kl['value']:.3g} [{kl['low']:.3g}, {kl['high']:.3g}] nats"),
-        ("same most likely token", f"{words.percent(same['value'], 1)} [{100 * same['low']:.1f}, {100 * same['high']:.1f}]"),
+        (
+            "same most likely token",
+            f"{words.percent(same['value'], 1)} [{100 * same['low']:.1f}, {100 * same['high']:.1f}]",
+        ),
         ("measured on", f"{words.quantity(drift['tokens'])} tokens in {drift['sequences']} texts of {drift['source']}"),
     ]
 
@@ -138,7 +148,8 @@ def _heat(norms: list[Mapping[str, Any]]) -> dict[str, Any] | None:
     most = max(cells.values()) or 1.0
     roles = list(dict.fromkeys(str(r["role"]) for r in known))
     rows = [
-        {"role": role, "cells": [_cell(cells.get((role, layer)), most, relative) for layer in columns]} for role in roles
+        {"role": role, "cells": [_cell(cells.get((role, layer)), most, relative) for layer in columns]}
+        for role in roles
     ]
     return {
         "rows": rows, "layers": ["–" if c is None else str(c) for c in columns], "notes": notes,

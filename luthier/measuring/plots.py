@@ -42,7 +42,11 @@ def check_scale(check: Mapping[str, Any]) -> Scale:
 def dots(check: Mapping[str, Any]) -> Markup:
     """Before (open) and after (filled) on one line, each with its interval, and the way between them."""
     scale = check_scale(check)
-    parts = [Markup('<line class="axis" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(scale.at(scale.low), scale.at(scale.high))]
+    parts = [
+        Markup('<line class="axis" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(
+            scale.at(scale.low), scale.at(scale.high)
+        )
+    ]
     values = [check[m].get("value") for m in ("before", "after")]
     if None not in values:
         parts.append(Markup('<line class="way" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(*map(scale.at, values)))
@@ -53,7 +57,9 @@ def dots(check: Mapping[str, Any]) -> Markup:
             parts.append(Markup('<line class="span {}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(*ends))
     for moment, level, value in zip(("before", "after"), ("32%", "68%"), values, strict=True):
         if value is not None:
-            parts.append(Markup('<circle class="dot {}" cx="{}" cy="{}" r="5"/>').format(moment, scale.at(value), level))
+            parts.append(
+                Markup('<circle class="dot {}" cx="{}" cy="{}" r="5"/>').format(moment, scale.at(value), level)
+            )
     told = f"{check['name']}: before {values[0]}, after {values[1]}"
     return Markup('<svg class="dots" role="img" aria-label="{}">{}</svg>').format(told, Markup("").join(parts))
 

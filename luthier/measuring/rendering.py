@@ -51,7 +51,7 @@ class Rendering:
     def _row(self, found: Found, row: Row) -> Item:
         ids, weights = tuple(row.ids.tolist()), tuple(row.weights.tolist())
         if self.kind == "classify":
-            parts = {"source": ids, "label": row.label, "expected": str(found.example.label)}
+            parts: dict[str, Any] = {"source": ids, "label": row.label, "expected": str(found.example.label)}
         elif row.second is not None and row.second_weights is not None:
             parts = {"source": ids, "ids": tuple(row.second.tolist()), "weights": tuple(row.second_weights.tolist())}
         else:
@@ -81,7 +81,9 @@ class Rendering:
             gap = "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else "\n"
             return [*maker.frame[0], *self._ids(prompt + gap)]
         if maker.chat.text is None:
-            raise LuthierError(f"{e.where}: a conversation, but the tokenizer has no chat template; state data.template")
+            raise LuthierError(
+                f"{e.where}: a conversation, but the tokenizer has no chat template; state data.template"
+            )
         messages = [maker.chat.prepared(m) for m in e.messages or []]
         text = maker.chat.render(messages[: _last_answer(e)], e.where, e.tools, e.options, ask=True)
         bos = maker.tokenizer.bos_token_id

@@ -54,10 +54,11 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, (bytes, bytearray)):
         return [plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if hasattr(value, "to_dict"):
-        return plain(value.to_dict())
-    if hasattr(value, "item"):  # a number of numpy or torch
-        return plain(value.item())
+    as_dict, as_number = (getattr(value, name, None) for name in ("to_dict", "item"))
+    if callable(as_dict):
+        return plain(as_dict())
+    if callable(as_number):  # a number of numpy or torch
+        return plain(as_number())
     return str(value)
 
 

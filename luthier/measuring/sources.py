@@ -56,13 +56,22 @@ def prepare_check(
 ) -> Prepared:
     """One check: at most `items` records of its source, drawn by seed and kept in their order."""
     name = check.name or default_name(check.source)
-    found = drawn(_found(check.source), items, seed)
+    source = check.source
+    if source.path.startswith("practice:") and source.limit is None:
+        source = source.model_copy(update={"limit": items})  # made to order, and already in no order
+    found = drawn(_found(source), items, seed)
     metric = choose_metric(check, base.kind, found)
-    settings = data.model_copy(update={"train": [check.source]}) if data else DataSpec(train=[check.source])
+    settings = (
+        data.model_copy(update={"train": [check.source]})
+        if data
+        else DataSpec.model_validate({"train": [check.source]})
+    )
     made, dropped = Rendering(base, settings).items(found, metric)
     if not made:
         told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the source is empty"
-        raise LuthierError(f"check '{name}' ({check.source.path}) has no record to measure on: {told}; state other records")
+        raise LuthierError(
+            f"check '{name}' ({check.source.path}) has no record to measure on: {told}; state other records"
+        )
     return Prepared(name, kind, metric, made, check.max_new_tokens, dropped)
 
 

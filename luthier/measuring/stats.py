@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+Numbers = Sequence[float] | np.ndarray
 Statistic = Callable[[np.ndarray], np.ndarray]
 """From weighted column means, shape [..., k], to one number each, shape [...]."""
 
@@ -55,7 +56,7 @@ def bootstrap(
     values: Sequence[Sequence[float]] | np.ndarray,
     statistic: Statistic = mean,
     *,
-    weights: Sequence[float] | np.ndarray | None = None,
+    weights: Numbers | None = None,
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -120,23 +121,19 @@ def _bca(point: float, drawn: np.ndarray, jackknife: np.ndarray, level: float) -
     return float(low), float(high)
 
 
-def paired_difference(
-    before: Sequence[float], after: Sequence[float], *, weights: Sequence[float] | None = None, **options: Any
-) -> Interval:
+def paired_difference(before: Numbers, after: Numbers, *, weights: Numbers | None = None, **options: Any) -> Interval:
     """After minus before over the same items, with the interval of the pairs (options as of `bootstrap`)."""
     return bootstrap(np.column_stack([before, after]), difference, weights=weights, **options)
 
 
-def flips(before: Sequence[float], after: Sequence[float], threshold: float = 0.5) -> Flips:
+def flips(before: Numbers, after: Numbers, threshold: float = 0.5) -> Flips:
     """Which items crossed the threshold, downwards (negative) and upwards (positive)."""
     was = np.asarray(before) >= threshold
     now = np.asarray(after) >= threshold
     return Flips(tuple(np.flatnonzero(was & ~now).tolist()), tuple(np.flatnonzero(~was & now).tolist()))
 
 
-def minimum_detectable(
-    before: Sequence[float], after: Sequence[float], *, power: float = 0.8, level: float = 0.95
-) -> float:
+def minimum_detectable(before: Numbers, after: Numbers, *, power: float = 0.8, level: float = 0.95) -> float:
     """The smallest true difference that this many pairs, as noisy as these, would show at `level` with `power`.
 
     Pairs that all agree carry no estimate of the noise; then the noise of one disagreeing pair is assumed.
@@ -148,7 +145,7 @@ def minimum_detectable(
     return (_NORMAL.inv_cdf((1 + level) / 2) + _NORMAL.inv_cdf(power)) * noise / math.sqrt(len(gaps))
 
 
-def calibration_error(confidence: Sequence[float], correct: Sequence[float], bins: int = 10) -> float:
+def calibration_error(confidence: Numbers, correct: Numbers, bins: int = 10) -> float:
     """Expected calibration error (Guo et al. 2017): confidence minus accuracy, by equal-width bins, weighted by size."""
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if len(sure) == 0:

@@ -106,7 +106,9 @@ def change(check: Mapping[str, Any]) -> str:
     ends = [gap.get(k) for k in ("value", "low", "high")]
     if ends[0] is None:
         return "–"
-    low, high = ("?" if e is None or not math.isfinite(e) else f"{scale * e:.{digits}f}".replace("-", MINUS) for e in ends[1:])
+    low, high = (
+        "?" if e is None or not math.isfinite(e) else f"{scale * e:.{digits}f}".replace("-", MINUS) for e in ends[1:]
+    )
     return f"{signed(scale * ends[0], digits)} [{low}, {high}]"
 
 
@@ -147,13 +149,13 @@ def _told(check: Mapping[str, Any]) -> str:
     return f"{check['name']} {before} → {after} ({change(check)})"
 
 
-def _targets(checks: list[Mapping[str, Any]]) -> str:
+def _targets(checks: Sequence[Mapping[str, Any]]) -> str:
     heads = {"better": "learned", "worse": "got worse", "unclear": "no clear change"}
     groups = {head: [c for c in checks if direction(c) == way] for way, head in heads.items()}
     return "; ".join(f"{head}: {', '.join(map(_told, found))}" for head, found in groups.items() if found)
 
 
-def _guards(checks: list[Mapping[str, Any]]) -> str:
+def _guards(checks: Sequence[Mapping[str, Any]]) -> str:
     lost = [c for c in checks if direction(c) == "worse"]
     kept = len(checks) - len(lost)
     parts = [f"lost: {', '.join(map(_told, lost))}"] if lost else []
@@ -162,5 +164,5 @@ def _guards(checks: list[Mapping[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def _shifted(checks: list[Mapping[str, Any]]) -> str:
+def _shifted(checks: Sequence[Mapping[str, Any]]) -> str:
     return f"under shift: {', '.join(map(_told, checks))}" if checks else ""

@@ -29,12 +29,13 @@ def interval(value: float, reach: float) -> dict:
 def check(name: str, kind: str, before: float, after: float, reach: float, unit: str = "share", samples=()) -> dict:
     share = unit == "share"
     gap = interval(after - before, reach * 1.2)
-    turned = {"positive": 90, "negative": 2, "positive_ids": ["a"], "negative_ids": ["b"]} if share else None
+    won, lost = (max(0, round(200 * (after - before))) + 1, max(0, round(200 * (before - after))) + 1)
+    turned = {"positive": won, "negative": lost, "positive_ids": ["a"], "negative_ids": ["b"]} if share else None
     return {
         "name": name, "kind": kind, "metric": "exact" if share else "perplexity", "unit": unit, "n": 200,
         "better": "higher" if share else "lower", "before": interval(before, reach), "after": interval(after, reach),
         "difference": gap, "detectable": 0.08 if share else 0.3, "flips": turned,
-        "undecided": {"before": 0, "after": 1 if kind == "guard" else 0}, "samples": list(samples), "cached": False,
+        "undecided": {"before": 0, "after": 1 if kind == "guard" and share else 0}, "samples": list(samples), "dropped": {"too long": 3} if not share else {}, "cached": False,
         "seconds": 3.2,
     }  # fmt: skip
 
@@ -63,7 +64,15 @@ def example(steps: int = 240) -> dict:
         sample("Translate into Tolvi: a fisher sings", "fen doru lasi", "Mira lives in Ostvale.", "fen doru lasa", (0, 0)),
     ]  # fmt: skip
     lost = [sample("17 + 48 = ?", "65", "17 + 48: 7 + 8 = 15, write 5 carry 1. 65", "17 + 48: 7 + 8 = 15. 55", (1, 0))]
-    roles = [("attn.q", 0.9), ("attn.k", 0.6), ("attn.v", 1.4), ("attn.o", 1.1), ("ffn.gate", 1.8), ("ffn.up", 1.7), ("ffn.down", 2.2)]
+    roles = [
+        ("attn.q", 0.9),
+        ("attn.k", 0.6),
+        ("attn.v", 1.4),
+        ("attn.o", 1.1),
+        ("ffn.gate", 1.8),
+        ("ffn.up", 1.7),
+        ("ffn.down", 2.2),
+    ]
     norms = [
         {"site": f"model.layers.{n}.{role}", "role": role, "layer": n, "norm": 10 * size * (0.5 + n / 6),
          "base_norm": 1000.0, "relative": 0.01 * size * (0.5 + n / 6), "note": None}
@@ -85,7 +94,7 @@ def example(steps: int = 240) -> dict:
                        check("stories (held-out text)", "guard", 4.12, 4.31, 0.12, unit="perplexity")],
             "shifted": [check("translation, longer sentences", "shifted", 0.0, 0.34, 0.06)],
             "drift": {"kl": interval(0.183, 0.02), "agreement": interval(0.87, 0.012), "tokens": 2048, "sequences": 64,
-                      "source": "the base's own answers to the guards' prompts", "seconds": 1.1},
+                      "source": "the base's own writing, begun as the guards' records begin", "seconds": 1.1},
         },
         "norms": norms,
         "cost": {"seconds": 41.3, "tokens": 86_411, "tokens_per_second": 2092.0, "peak_memory_bytes": 612_000_000,
@@ -147,7 +156,11 @@ def poison(value, keys: bool):
         return {k: poison(v, keys) for k, v in value.items()} | ({HOSTILE: HOSTILE} if keys else {})
     if isinstance(value, list):
         return [poison(v, keys) for v in value]
-    return HOSTILE if isinstance(value, str) and value not in ("share", "higher", "lower", "positive", "negative") else value
+    return (
+        HOSTILE
+        if isinstance(value, str) and value not in ("share", "higher", "lower", "positive", "negative")
+        else value
+    )
 
 
 def test_page_holds_every_section_and_is_well_formed():
@@ -222,7 +235,12 @@ def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
 def test_plain_knows_tensors_and_sets():
     import numpy as np
 
-    assert plain({1: np.float32(0.5), "s": {3, 1}, "n": math.nan, "t": (1, 2)}) == {"1": 0.5, "s": [1, 3], "n": None, "t": [1, 2]}
+    assert plain({1: np.float32(0.5), "s": {3, 1}, "n": math.nan, "t": (1, 2)}) == {
+        "1": 0.5,
+        "s": [1, 3],
+        "n": None,
+        "t": [1, 2],
+    }
 
 
 @pytest.mark.parametrize(
