@@ -14,7 +14,7 @@ from luthier.bases.load import load_base
 from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.proof import Report
 from luthier.bridge.target import Target, logits_of
-from luthier.bridge.weights_file import index_of
+from luthier.bridge.weights_file import dtype_of, index_of
 from luthier.delta.artefact import Delta
 from luthier.delta.probes import check_probes
 from luthier.delta.seals import Broken, check_seals, merged_seals, project
@@ -28,7 +28,7 @@ ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0
 def verify_merged(report: Report, on: Target, path: Path, delta: Delta | None = None) -> Report:
     """Checks a merged checkpoint against its base, and against the delta it should hold where one is given."""
     try:
-        index_of(path)
+        stored = dtype_of(index_of(path))
         base = load_base(BaseSpec.model_validate({"name": str(path), "kind": on.kind}), tokenizer=False)
     except LuthierError as e:
         report.add("checkpoint", False, str(e))
@@ -46,7 +46,7 @@ def verify_merged(report: Report, on: Target, path: Path, delta: Delta | None = 
     _head(report, on, merged)
     _changed(report, on, ours, theirs, expected=delta is None)
     if delta is not None:
-        _is_the_delta(report, on, ours, theirs, delta)
+        _is_the_delta(report, on, ours, theirs, delta, stored)
         _answers(report, on, merged, delta)
     return report
 
@@ -118,7 +118,6 @@ def _is_the_delta(report: Report, on: Target, ours: dict[str, Tensor], theirs: d
     wanted: dict[str, list[float]] = {}
     noise: dict[str, float] = {}
     skipped, swallowed = 0, []
-    dtype = next(iter(theirs.values())).dtype
     for place, seal, _ in merged_seals(delta.pieces, delta.seals):
         name = place if place in ours else f"{place}.weight"
         if seal is None or name not in ours:

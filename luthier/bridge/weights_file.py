@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from luthier.errors import LuthierError
 
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -29,6 +32,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {key: f.get_tensor(key) for key in f.keys()}
     except (SafetensorError, OSError) as e:
         raise LuthierError(f"{path} is truncated or altered ({e}): copy it again") from e
+
+
+def dtype_of(places: dict[str, Path]) -> torch.dtype:
+    """The type most matrices of a checkpoint are stored in, whatever they are loaded as; float32 where none is floating."""
+    counts: Counter[str] = Counter()
+    for file in sorted(set(places.values())):
+        with safe_open(file, "pt") as f:
+            for key in f.keys():
+                part = f.get_slice(key)
+                if len(part.get_shape()) == 2:
+                    counts[part.get_dtype()] += 1
+    common = next((name for name, _ in counts.most_common() if name in DTYPES), "F32")
+    return DTYPES[common]
 
 
 def index_of(folder: Path) -> dict[str, Path]:

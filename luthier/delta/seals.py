@@ -102,8 +102,8 @@ def _cheap(form: Form, state: State) -> Tensor | None:
 def _numbers(name: str, tensor: Tensor) -> Tensor:
     """16 numbers of any tensor; its name goes in, so that exchanged tensors are seen."""
     flat = tensor.detach().float().cpu().flatten()
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    return flat @ signs(len(flat), 4 * WIDTH, seed) / math.sqrt(max(1, len(flat)))
+    skip = int.from_bytes(hashlib.sha256(name.encode()).digest()[:2], "big")
+    return flat @ signs(skip + len(flat), 4 * WIDTH, 3)[skip:] / math.sqrt(max(1, len(flat)))
 
 
 def _rounded(values: Tensor) -> list[float]:
