@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0 done, 1 a check said no, 2 a mistake told in one line, 130 interrupted.
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except LuthierError as e:
             code = _fail(str(e))
         except KeyboardInterrupt:
-            code = _fail("interrupted", 130)
+            code = _fail("interrupted", INTERRUPTED)
         except BrokenPipeError:  # the reader of a pipe left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
@@ -48,6 +51,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail(f"{path}: {said}: see '{path} --help'") if said else 2
     except ClickException as e:
         return _fail(" ".join(e.format_message().split()))
+    if result == INTERRUPTED:  # typer answers Ctrl-C with the code alone
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 
