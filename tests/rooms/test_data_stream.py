@@ -19,6 +19,7 @@ from tests.rooms.test_data_kit import chat, spec, tokenizer, written
 RECORDS = [chat(f"two {i}", "the cat sat " * (i % 5 + 1)) for i in range(90)]
 for at in (3, 40, 41):
     RECORDS[at] = {"messages": [{"role": "user", "content": "a"}]}
+TOKENIZER = tokenizer()
 KEPT = [i for i in range(90) if i not in (3, 40, 41)]
 
 
@@ -31,10 +32,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def streamed(files: Path, **more: Any) -> Any:
-    return prepare(spec(str(files), **{"stream": True, "window": 16, "unsupervised": "drop", **more}), tokenizer())
+    return prepare(spec(str(files), **{"stream": True, "window": 16, "unsupervised": "drop", **more}), TOKENIZER)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.integers(1, 7),
     world=st.integers(1, 3),
