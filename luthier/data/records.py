@@ -247,7 +247,8 @@ def from_sharegpt(fields: Mapping[str, Any], where: str) -> Example:
         weights.append(None if stated is None else a_number(stated, f"{at}.weight", where))
     if not weights:
         raise LuthierError(f"{where}: column 'conversations' is an empty conversation; remove the record")
-    return Example(where, messages, [None] * (len(messages) - len(weights)) + weights)
+    before: list[float | None] = [None] * (len(messages) - len(weights))
+    return Example(where, messages, before + weights)
 
 
 def from_pair(fields: Mapping[str, Any], where: str) -> Example:
