@@ -60,7 +60,7 @@ class Point:
         if self.swaps:
             self._swap_in()
         if self.inputs:
-            key = None if args else next(iter(kwargs))
+            key = "" if args else next(iter(kwargs))
             x = args[0] if args else kwargs[key]
             for q in self.inputs:
                 changed = q.form.before(x, q.state)

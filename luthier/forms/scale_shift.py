@@ -42,8 +42,8 @@ class ScaleShift(Form):
         effective = w + 1 if s.site.kind == "offset-norm" else w
         out = {"weight": (more[:, None] if w.dim() == 2 else more) * effective}
         if s.bias is not None or self.shift:
-            moved = 0 if s.bias is None else more * s.bias.float()
-            out["bias"] = moved + (s.p["beta"] if self.shift else 0)
+            moved = torch.zeros_like(more) if s.bias is None else more * s.bias.float()
+            out["bias"] = moved + s.p["beta"] if self.shift else moved
         return out
 
     def count(self, site: Site) -> int:

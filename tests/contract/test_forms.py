@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from luthier.bases.roles import Roles
-from luthier.delta import FORMS
+from luthier.delta import FORMS, No
 from luthier.errors import LuthierError
 from tests.contract.conformance import CHECKS, Case, default_cases
 from tests.tiny import tiny
@@ -83,3 +87,33 @@ def test_one_prefix_site_for_each_layer() -> None:
     model = tiny("llama", num_hidden_layers=4)
     sites = Case("prefix", "llama").where(model)
     assert [s.layer for s in sites] == [0, 1, 2, 3] and Roles(model).layer_count == 4
+
+
+LORA: Any = FORMS["lora"]
+FAULTS: dict[str, dict[str, Callable[..., Any] | bool | No | str]] = {
+    "identity": {"change": lambda self, x, y, s: LORA.change(self, x, y, s) + 1e-3},
+    "moves": {"change": lambda self, x, y, s: y * 0},
+    "folds": {"delta": lambda self, s: {"weight": LORA.delta(self, s)["weight"] * 1.01}},
+    "counts": {"count": lambda self, site: LORA.count(self, site) + 1},
+    "gradients": {"change": lambda self, x, y, s: LORA.change(self, x.detach(), y, s).detach()},
+    "saves": {"change": lambda self, x, y, s: LORA.change(self, x, y, s) * (1 if s.p["A"].requires_grad else 2)},
+    "base_unchanged": {"change": lambda self, x, y, s: s.W().mul_(1.001) is not None and LORA.change(self, x, y, s)},
+    "bf16": {"build": lambda self, site, g: ({k: v.bfloat16() for k, v in LORA.build(self, site, g)[0].items()}, {})},
+    "scales": {"onto": lambda self, total, x, y, scale, s: total + LORA.change(self, x, y, s)},
+    "padded": {"change": lambda self, x, y, s: LORA.change(self, x, y, s) * x.shape[1]},
+    "packed": {"change": lambda self, x, y, s: LORA.change(self, x.cumsum(1), y, s)},
+    "generates": {"change": lambda self, x, y, s: LORA.change(self, x.roll(1, 1), y, s)},
+}
+"""Check -> what a LoRA with one fault does otherwise."""
+
+
+@pytest.mark.parametrize("check", FAULTS)
+def test_the_suite_sees_a_broken_form(check: str) -> None:
+    """Each fault is caught by the check that it breaks."""
+    faults = {"onto": FORMS["scale-shift"].onto} | FAULTS[check]
+    FORMS._found["broken"] = dataclasses.dataclass(frozen=True)(type("Broken", (LORA,), faults))
+    try:
+        with pytest.raises((AssertionError, RuntimeError)):
+            CHECKS[check](Case("broken", "llama", {"rank": 4}))
+    finally:
+        del FORMS._found["broken"]
