@@ -166,6 +166,8 @@ class Pick(Choice):
             scores = self._scores(key, len(groups), lambda: [self._mean(names, ctx) for names in groups.values()], ctx)
             taken = self._take(scores, sizes).tolist()
             return {n: None for k, names in enumerate(groups.values()) if k in set(taken) for n in names}
+        if self.granularity == "entry":
+            return self._entries(key, members, ctx)
         found = {n: layout(s, self.granularity, self.head_dim) for n, s in members.items()}
         tables = {n: t for n, t in found.items() if t is not None}
         units = [t.shape[0] for t in tables.values()]
@@ -185,11 +187,23 @@ class Pick(Choice):
                 out[name] = table[mine].flatten().sort().values
         return out
 
+    def _entries(self, key: tuple[object, ...], members: dict[str, Site], ctx: ChoiceContext) -> Selection:
+        """Single entries, without a table of units: these may be billions."""
+        sizes = [_numel(s) for s in members.values()]
+        scores = self._scores(
+            key, sum(sizes), lambda: [SCORES[self.score](n, ctx, self.rank).flatten().cpu() for n in members], ctx
+        )
+        k = self.parameters if self.parameters is not None else self._budget(len(scores))
+        mask = torch.zeros(len(scores), dtype=torch.bool)
+        mask[scores.topk(min(k, len(scores)), sorted=False).indices] = True
+        found = zip(members, mask.split(sizes), strict=True)
+        return {n: None if mine.all() else mine.nonzero()[:, 0] for n, mine in found if mine.any()}
+
     def _scores(
         self, key: tuple[object, ...], units: int, rows: Callable[[], list[Tensor]], ctx: ChoiceContext
     ) -> Tensor:
         if self.score == "random":
-            return torch.rand(units, generator=self.generator(ctx, *key), dtype=torch.float64)
+            return torch.rand(units, generator=self.generator(ctx, *key))
         return torch.cat([r.reshape(-1) for r in rows()]) * (1 if self.largest else -1)
 
     def _mean(self, names: list[str], ctx: ChoiceContext) -> Tensor:
@@ -198,14 +212,17 @@ class Pick(Choice):
 
     def _take(self, scores: Tensor, sizes: Tensor) -> Tensor:
         """Units within the budget, best first; ties go to the earlier unit."""
-        n = len(scores)
-        if self.parameters is None:
-            k = self.count if self.count is not None else max(round((self.fraction or 0) * n), 1)
-            if k > n:
-                raise LuthierError(f"choice: {k} {self.granularity}s are asked for where there are {n}")
-            return scores.argsort(descending=True, stable=True)[:k]
         order = scores.argsort(descending=True, stable=True)
+        if self.parameters is None:
+            return order[: self._budget(len(scores))]
         return order[: int((sizes[order].cumsum(0) <= self.parameters).sum())]
+
+    def _budget(self, units: int) -> int:
+        """How many of a stratum's units."""
+        k = self.count if self.count is not None else max(round((self.fraction or 0) * units), 1)
+        if k > units:
+            raise LuthierError(f"choice: {k} {self.granularity}s are asked for where there are {units}")
+        return k
 
 
 # -- strata, groups, layouts
