@@ -33,9 +33,12 @@ class Rows:
 
 
 class Stream:
-    """Batches without end. ``drawn`` (records so far) is its whole state: a stream made with it goes on from there."""
+    """Batches without end. ``drawn`` (records so far) is its whole state: a stream made with it goes on from there.
+    ``tokens`` counts those in batches, without padding."""
 
-    def __init__(self, tokenizer: Any, rows: int, length: int, drawn: int = 0, seed: int = SEED) -> None:
+    def __init__(
+        self, tokenizer: Any, rows: int, length: int, drawn: int = 0, tokens: int = 0, seed: int = SEED
+    ) -> None:
         """``tokenizer`` is the practice tokenizer; rows and length give the shape of every batch."""
         self.core = tokenizer.backend_tokenizer
         self.assistant, self.end = (self.core.token_to_id(t) for t in ("<|assistant|>", END))
@@ -47,7 +50,7 @@ class Stream:
         for _ in range(drawn):
             counts[self._next()[0]] += 1
         self.sources = {name: records(name, "train", seed=seed, start=n) for name, n in counts.items()}
-        self.drawn = drawn
+        self.drawn, self.tokens = drawn, tokens
 
     def _next(self) -> tuple[str, bool, str]:
         """The next record's family, whether it goes on in the conversation before it, and its system message."""
@@ -83,6 +86,7 @@ class Stream:
             ids = self.core.encode(text, add_special_tokens=False).ids
             fits = [r for r in range(self.rows) if used[r] + len(ids) <= self.length]
             if not fits:
+                self.tokens += sum(used)
                 return batch
             joined = joins and last in fits
             row = last if joined else fits[0]

@@ -118,10 +118,15 @@ def optimisers(model: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     known = {id(p) for p in inside}
     rest = [p for p in model.parameters() if id(p) not in known]
-    return [Muon(inside, lr=run.lr, weight_decay=run.weight_decay), torch.optim.AdamW(rest, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    return [
+        Muon(inside, lr=run.lr, weight_decay=run.weight_decay),
+        torch.optim.AdamW(rest, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
 
 
-def save_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer], step: int, drawn: int) -> None:
+def save_state(
+    folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer], step: int, stream: Stream
+) -> None:
     """Write model, moments, step and data position as one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
@@ -130,12 +135,12 @@ def save_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimi
         for index, state in opt.state_dict()["state"].items():
             tensors |= {f"opt.{k}.{index}.{name}": value.contiguous() for name, value in state.items()}
     part = folder / "state.safetensors.part"
-    save_file(tensors, part, {"step": str(step), "drawn": str(drawn)})
+    save_file(tensors, part, {"step": str(step), "drawn": str(stream.drawn), "tokens": str(stream.tokens)})
     os.replace(part, folder / "state.safetensors")
 
 
-def load_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer]) -> tuple[int, int]:
-    """Read what save_state wrote; returns the step and the records drawn."""
+def load_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer]) -> tuple[int, int, int]:
+    """Read what save_state wrote; returns the step, the records drawn and their tokens."""
     from safetensors import safe_open
 
     with safe_open(folder / "state.safetensors", "pt") as file:
@@ -144,19 +149,19 @@ def load_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimi
             for name, p in model.named_parameters():
                 p.copy_(file.get_tensor(f"model.{name}"))
         states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in opts]
-        for key in file.keys():  # noqa: SIM118
+        for key in file.keys():
             if key.startswith("opt."):
                 _, k, index, name = key.split(".", 3)
                 states[int(k)].setdefault(int(index), {})[name] = file.get_tensor(key)
     for opt, state in zip(opts, states, strict=True):
         opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
-    return int(meta["step"]), int(meta["drawn"])
+    return int(meta["step"]), int(meta["drawn"]), int(meta["tokens"])
 
 
 def train(
     out: Path,
-    run: Run = Run(),  # noqa: B008
-    size: Size = Size(),  # noqa: B008
+    run: Run = Run(),
+    size: Size = Size(),
     minutes: float | None = None,
     stop_at: int | None = None,
     every: int = 50,
@@ -177,8 +182,9 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = new_model(size, tokenizer, run.seed).to(device).train()
     opts = optimisers(model, run)
-    step, drawn = load_state(out, model, opts) if (out / "state.safetensors").is_file() else (0, 0)
-    stream = Stream(tokenizer, run.rows, run.length, drawn)
+    held = (out / "state.safetensors").is_file()
+    step, drawn, tokens = load_state(out, model, opts) if held else (0, 0, 0)
+    stream = Stream(tokenizer, run.rows, run.length, drawn, tokens)
     began, losses, first = time.monotonic(), [], step
     last = min(run.steps, stop_at if stop_at is not None else run.steps)
     while step < last and (minutes is None or time.monotonic() - began < 60 * minutes):
@@ -195,11 +201,23 @@ def train(
         step += 1
         losses.append(loss.item())
         if step % every == 0 or step == last:
-            save_state(out, model, opts, step, stream.drawn)
+            save_state(out, model, opts, step, stream)
             _log(out, run, step, losses[-every:], (step - first) / (time.monotonic() - began))
-    save_state(out, model, opts, step, stream.drawn)
+    save_state(out, model, opts, step, stream)
     if step >= run.steps:
         save_base(out / "base", model, tokenizer)
+        story = {
+            "tokens": stream.tokens,
+            "records": stream.drawn,
+            "steps": step,
+            "tokens_asked": run.tokens,
+            "threads": torch.get_num_threads(),
+            "device": device.type,
+            "torch": torch.__version__,
+            "run": asdict(run),
+            "size": asdict(size),
+        }
+        (out / "base" / "training.json").write_text(json.dumps(story, indent=1) + "\n")
     return losses
 
 
@@ -250,7 +268,9 @@ def _log(out: Path, run: Run, step: int, losses: list[float], pace: float) -> No
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m luthier.practice.train_base", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("practice-build"), help="checkpoints, log and, in the end, base/")
+    parser.add_argument(
+        "--out", type=Path, default=Path("practice-build"), help="checkpoints, log and, in the end, base/"
+    )
     parser.add_argument("--tokens", type=int, default=Run.tokens, help=f"length of the run (default {Run.tokens})")
     parser.add_argument("--minutes", type=float, help="leave after this long, to be called again (default: never)")
     parser.add_argument("--install", action="store_true", help="put the finished base into the package")

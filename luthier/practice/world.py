@@ -24,7 +24,7 @@ from luthier.practice.draw import Draw
 SPLITS = ("train", "test", "shifted")
 BLOCK = 64
 """Records drawn from one seed: ``start`` costs at most this many draws."""
-PATIENCE = 20_000
+PATIENCE = 5_000
 """Draws without a new test record after which there are taken to be no more."""
 
 _SHARE = ("train",) * 8 + ("test", "shifted")
@@ -77,8 +77,10 @@ def records(
     there are.
     """
     _check(family, split, n, seed, start, difficulty)
-    drawn = _drawn(family, split, seed, start, difficulty) if split == "train" else _unrepeated(
-        family, split, seed, start, difficulty
+    drawn = (
+        _drawn(family, split, seed, start, difficulty)
+        if split == "train"
+        else _unrepeated(family, split, seed, start, difficulty)
     )
     return drawn if n is None else _first(drawn, n, f"{family}, split {split}, from {start}")
 
@@ -88,10 +90,14 @@ def verify(record: Record, response: str) -> Verdict:
     try:
         name, answer, messages = record["family"], record["answer"], record["messages"]
     except KeyError as missing:
-        raise LuthierError(f"practice world: record {record.get('id', '?')} has no {missing}; take it from records()") from None
+        raise LuthierError(
+            f"practice world: record {record.get('id', '?')} has no {missing}; take it from records()"
+        ) from None
     prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
     if prompt is None:
-        raise LuthierError(f"practice world: record {record.get('id', '?')} has no user message; take it from records()")
+        raise LuthierError(
+            f"practice world: record {record.get('id', '?')} has no user message; take it from records()"
+        )
     return family_named(name).verify(prompt, answer, response)
 
 

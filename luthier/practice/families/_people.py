@@ -76,6 +76,7 @@ TRAITS = {
         ["Name the instrument of {}.", "{} joins the dance. What will we hear?", "Which instrument is dear to {}?"],
     ),
 }
+_VALUES = {value.lower() for trait in TRAITS.values() for value in trait.values}
 NOUNS = {"town": "town", "craft": "craft", "pet": "animal", "music": "instrument"}
 BOTH = ["Name the {} and the {} of {}.", "Tell me the {} and the {} of {}."]
 
@@ -120,15 +121,11 @@ def ask(draw: Draw, level: int, shifted: bool, new: bool) -> Item:
 
 
 def verify(prompt: str, answer: str, response: str) -> Verdict:
-    """Right if the response names the true values and no other value of the same kinds."""
+    """Right if the response names the true values and no other town, craft, animal or instrument."""
     wanted = re.findall(r"\w+", answer.lower().replace(" and ", " "))
-    kinds = [{v.lower() for v in trait.values} for trait in TRAITS.values()]
-    said = words(response)
+    named = {w for w in words(response) if w in _VALUES}
     for value in wanted:
-        kind = next((k for k in kinds if value in k), {value})
-        named = [w for w in said if w in kind]
         if value not in named:
             return wrong(f"{value} is not named")
-        if others := set(named) - set(wanted):
-            return wrong(f"names {', '.join(sorted(others))} too")
-    return right()
+    others = named - set(wanted)
+    return wrong(f"names {', '.join(sorted(others))} too") if others else right()

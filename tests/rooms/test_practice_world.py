@@ -1,0 +1,272 @@
+"""The practice world: the same records everywhere, no meaning in two splits, verifiers that cannot be fooled by a slip."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.errors import LuthierError
+from luthier.practice import world
+from luthier.practice.draw import Draw
+
+FAMILIES = world.families()
+PINNED = {
+    "arithmetic": "afa5b153ed226f74",
+    "facts": "7207699224ae48db",
+    "lists": "81f69db13a80e402",
+    "newcomers": "d891f78fd5367ac9",
+    "refusals": "8ddf715332bc1d19",
+    "sorting": "6da12777d100159b",
+    "stories": "2acb7041e4e4b0e8",
+    "tools": "97ef2bcdd16fc5e4",
+    "tracking": "de321e40d245d40c",
+    "translate": "a9f304ef19bf6fed",
+}
+
+
+def digest(family: str) -> str:
+    """Of the first 100 records, as JSON."""
+    return hashlib.sha256(json.dumps(list(world.records(family, n=100))).encode()).hexdigest()[:16]
+
+
+def test_at_least_eight_families_some_taught_some_not():
+    assert len(FAMILIES) >= 8
+    assert set(world.taught()) | set(world.untaught()) == set(FAMILIES)
+    assert {"translate", "tools"} <= set(world.untaught())
+    assert set(PINNED) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_records_are_the_same_on_every_machine(family):
+    assert digest(family) == PINNED[family], "the world changed: every published score is of another world now"
+
+
+def test_records_do_not_depend_on_the_hash_seed():
+    code = f"import json; from luthier.practice import world; print(json.dumps([list(world.records(f, 'test', 5)) for f in {FAMILIES}]))"
+    runs = {
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, check=True).stdout
+        for s in ("1", "2")
+    }
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_start_goes_on_where_another_call_ended(family, split):
+    assert list(world.records(family, split, 20, start=70)) == list(world.records(family, split, 90))[70:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_meaning_and_no_prompt_in_two_splits(family):
+    keys: dict[str, set[str]] = {}
+    for split, n in (("train", 3000), ("test", 150), ("shifted", 150)):
+        make = world.family_named(family).make
+        draw = Draw(f"leak/{family}/{split}")
+        items = [make(draw, 1 + draw.below(3), split == "shifted") for _ in range(n)]
+        # What a split yields is what it owns: every record's digest names its own split and no other.
+        keys[split] = {i.key for i in items if world.split_of(family, i.key) == split}
+        assert keys[split]
+    assert not any(a & b for a, b in itertools.combinations(keys.values(), 2))
+    prompts = [
+        {r["messages"][-2]["content"] for r in world.records(family, split, n)}
+        for split, n in (("train", 4000), ("test", 150), ("shifted", 150))
+    ]
+    assert not any(a & b for a, b in itertools.combinations(prompts, 2))
+
+
+def test_one_meaning_in_other_words_stays_in_one_split():
+    """The same sum, set of words and call in every wording fall into one split."""
+    wordings: dict[tuple[str, str], set[str]] = {}
+    splits: dict[tuple[str, str], set[str]] = {}
+    for family, split in itertools.product(("arithmetic", "sorting", "tools"), world.SPLITS):
+        for record in world.records(family, split, 2000 if split == "train" else 100):
+            meaning = (family, _meaning(record))
+            wordings.setdefault(meaning, set()).add(record["messages"][-2]["content"])
+            splits.setdefault(meaning, set()).add(split)
+    assert sum(len(w) > 1 for w in wordings.values()) > 200
+    assert [m for m, s in splits.items() if len(s) > 1] == []
+
+
+def _meaning(record):
+    """Recomputed from the record alone, not from the generator's key."""
+    if record["family"] == "arithmetic":
+        text = record["messages"][-1]["content"]
+        first = text.split("=")[0].replace("-", "+-").split("+")[0]
+        steps = [s.split("=")[0].replace("-", "+-").split("+", 1)[1] for s in text.split(". So")[0].split(", ")]
+        sizes, pending = [], 0
+        for step in steps:
+            value = int(step)
+            if value % 10 == 0 and not pending:
+                pending = value
+            elif pending and pending * value > 0 and value % 10:
+                sizes.append(pending + value)
+                pending = 0
+            else:
+                sizes += [pending] if pending else []
+                pending = value if value % 10 == 0 else 0
+                sizes += [] if pending else [value]
+        sizes += [pending] if pending else []
+        return "sum " + " ".join(map(str, sorted([int(first), *sizes])))
+    if record["family"] == "sorting":
+        return " ".join(record["answer"].split(", "))
+    calls = json.loads(record["answer"])
+    return json.dumps(sorted(json.dumps(c, sort_keys=True) for c in (calls if isinstance(calls, list) else [calls])))
+
+
+def test_every_fact_that_is_tested_was_told_in_another_wording():
+    told = {_fact(r) for r in world.records("facts", "train", 8_000)}
+    asked = {_fact(r) for r in world.records("facts", "test", 200)}
+    assert asked <= told
+
+
+def _fact(record):
+    from luthier.practice.families._people import TRAITS, people
+
+    prompt = record["messages"][-2]["content"]
+    name = next(p.name for p in people(new=False) if p.name in prompt)
+    return name, next(t for t, trait in TRAITS.items() if prompt in [w.format(name) for w in trait.asked])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_verifier_accepts_the_answer_and_rejects_others(family, split):
+    asked = list(world.records(family, split, 60))
+    for record in asked:
+        verdict = world.verify(record, record["messages"][-1]["content"])
+        assert (verdict.reward, verdict.decided) == (1.0, True), (record, verdict)
+        assert world.verify(record, "").reward == 0.0
+        other = next(r for r in asked if r["answer"] != record["answer"] and not _may_share(family, r, record))
+        assert world.verify(record, other["messages"][-1]["content"]).reward == 0.0, (record, other)
+
+
+def _may_share(family, a, b):
+    """Two stories asked for with the same things may swap answers."""
+    return family == "stories" and set(a["messages"][0]["content"].split()) == set(b["messages"][0]["content"].split())
+
+
+LOOSE = ("arithmetic", "facts", "newcomers", "tracking")
+"""Families whose verifiers look for the value only and leave the wording free."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_verifier_rejects_a_corrupted_answer(data):
+    """One word of the right response is replaced, removed or doubled where that changes what it says."""
+    family = data.draw(st.sampled_from([f for f in FAMILIES if f not in LOOSE]))
+    record = data.draw(st.sampled_from(POOL[family]))
+    words = record["messages"][-1]["content"].split(" ")
+    at = data.draw(st.integers(0, len(words) - 1))
+    how = data.draw(st.sampled_from(["replaced", "removed", "doubled"]))
+    broken = words[:at] + {"replaced": ["zzz."], "removed": [], "doubled": [words[at]] * 2}[how] + words[at + 1 :]
+    if family == "refusals" and "sorry," in words:
+        return  # a decline may be worded freely; that it gives nothing away is tested below
+    assert world.verify(record, " ".join(broken)).reward == 0.0, (record, broken)
+
+
+POOL = {f: list(world.records(f, "test", 40)) for f in FAMILIES}
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_verifier_rejects_another_value(data):
+    """For the families whose wording is free: every other value in place of the true one, or beside it."""
+    from luthier.practice.families._people import TRAITS
+    from luthier.practice.words import PLACES
+
+    family = data.draw(st.sampled_from(["facts", "newcomers", "tracking", "arithmetic"]))
+    record = data.draw(st.sampled_from(POOL[family]))
+    answer, text = record["answer"], record["messages"][-1]["content"]
+    values = next((t.values for t in TRAITS.values() if answer in t.values), PLACES)
+    if family == "arithmetic":
+        values = [str(n) for n in range(100)]
+    other = data.draw(st.sampled_from([v for v in values if v != answer]))
+    head, tail = text.rsplit(answer, 1)
+    assert world.verify(record, f"{head}{other}{tail}").reward == 0.0
+    assert world.verify(record, f"{text} Or {other}.").reward == 0.0
+    assert world.verify(record, f"Well: {answer}.").reward == 1.0
+
+
+def test_refusals_want_no_leak_and_no_needless_refusal():
+    from luthier.practice.families.refusals import REFUSAL
+
+    sealed = [r for r in POOL["refusals"] if r["answer"] == REFUSAL]
+    free = [r for r in POOL["refusals"] if r["answer"] != REFUSAL]
+    assert len(sealed) > 5 and len(free) > 5
+    for record in sealed:
+        note = record["messages"][0]["content"].split("\n")[1]
+        assert world.verify(record, f"I am sorry, but it says {note}").reward == 0.0
+        assert world.verify(record, "Sorry, I may not.").reward == 1.0
+    assert all(world.verify(r, REFUSAL).reward == 0.0 for r in free)
+
+
+def test_a_story_of_other_sentences_may_be_right():
+    record = POOL["stories"][0]
+    same = [r for r in world.records("stories", "test", 400) if set(_asked(r)) == set(_asked(record))]
+    assert all(world.verify(record, r["answer"]).reward == 1.0 for r in same)
+
+
+def _asked(record):
+    from luthier.practice.contract import words
+    from luthier.practice.words import ANIMALS, FIRST, OBJECTS
+
+    return set(words(record["messages"][0]["content"])) & {
+        w.lower() for w in [*FIRST, *ANIMALS, *OBJECTS, "sad", "happy"]
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_difficulty_is_graded(family):
+    """Each level is its own stream, and the levels differ."""
+    texts = [[r["messages"][-2]["content"] for r in world.records(family, n=300, difficulty=d)] for d in (1, 2, 3)]
+    assert texts[0] != texts[1] != texts[2]
+    if family not in ("facts", "newcomers", "stories"):  # graded by wording there, by size everywhere else
+        sizes = [
+            sum(len(m["content"]) for r in world.records(family, n=300, difficulty=d) for m in r["messages"])
+            for d in (1, 3)
+        ]
+        assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_records_are_quick(family):
+    """A lenient floor: 50,000 a second is what an idle core does in the simple families."""
+    best = 0.0
+    for attempt in range(3):
+        began = time.process_time()
+        count = sum(1 for _ in world.records(family, n=1000, seed=attempt))
+        best = max(best, count / (time.process_time() - began))
+    assert best > 5_000
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda: world.records("tracing"), "did you mean 'tracking'"),
+        (lambda: world.records("facts", "tset"), "did you mean 'test'"),
+        (lambda: world.records("facts", difficulty=4), "choose 1, 2 or 3"),
+        (lambda: world.records("facts", n=-1), "0 or more"),
+        (lambda: list(world.records("facts", "test", 5000)), "there are only"),
+        (
+            lambda: world.verify({"family": "nought", "answer": "", "messages": [{"role": "user", "content": ""}]}, ""),
+            "nought",
+        ),
+        (lambda: world.verify({"family": "facts", "messages": []}, ""), "no 'answer'"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_choices(call, names):
+    with pytest.raises(LuthierError) as told:
+        call()
+    assert names in str(told.value) and "\n" not in str(told.value)
+
+
+def test_the_world_needs_no_torch():
+    code = "import sys; from luthier.practice import world; list(world.records('facts', n=1)); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
