@@ -98,9 +98,11 @@ def _write(
             on.tokenizer.save_pretrained(new)
         (new / "README.md").write_text(_card(delta, on, checks), encoding="utf-8")
         if rows:
-            checks.append(_read_back(on, new, tuned, rows))
+            model = reload(on, new)
+            checks.append(_read_back(on, model, tuned, rows))
             if delta.probes:
-                checks.append(_probes(on, new, delta))
+                checks.append(_probes(model, delta))
+            del model
             refuse(checks, str(folder))
         if folder.exists():
             folder.rmdir()
@@ -121,9 +123,8 @@ def reload(on: Target, folder: Path) -> Any:
     return model.eval().to(next(on.model.parameters()).device)
 
 
-def _read_back(on: Target, folder: Path, tuned: list[Tensor], rows: list[Tensor]) -> Check:
+def _read_back(on: Target, model: Any, tuned: list[Tensor], rows: list[Tensor]) -> Check:
     """The folder's logits against the attached delta's: rounding of the stored type is all that may be between."""
-    model = reload(on, folder)
     run, plain = logits_of(model), logits_of(on.model)
     written = max(float((run(r) - plain(r)).abs().max()) for r in rows)
     scale = max(float(t.abs().max()) for t in tuned)
@@ -136,8 +137,8 @@ def _read_back(on: Target, folder: Path, tuned: list[Tensor], rows: list[Tensor]
     )
 
 
-def _probes(on: Target, folder: Path, delta: Delta) -> Check:
-    verdict = check_probes(delta.probes, logits_of(reload(on, folder)))
+def _probes(model: Any, delta: Delta) -> Check:
+    verdict = check_probes(delta.probes, logits_of(model))
     return Check("probes", verdict.ok, verdict.reason + ("" if verdict.ok else ": export with dtype: float32"))
 
 

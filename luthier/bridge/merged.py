@@ -109,7 +109,14 @@ def _changed(report: Report, on: Target, ours: dict[str, Tensor], theirs: dict[s
     report.add("changed", None if still and layers and expected else True, told)
 
 
-def _is_the_delta(report: Report, on: Target, ours: dict[str, Tensor], theirs: dict[str, Tensor], delta: Delta) -> None:
+def _is_the_delta(
+    report: Report,
+    on: Target,
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    delta: Delta,
+    dtype: torch.dtype,
+) -> None:
     """W_merged − W_base projected at every site, against the delta's seals."""
     if not delta.seals:
         report.add("merged seals", None, "not checked: the delta carries no seals")
