@@ -32,13 +32,13 @@ def audit(
 ) -> None:
     """Measure a delta on its base: what it gained on its target and what it cost elsewhere."""
     from luthier.cli.console import plain, say
-    from luthier.cli.show import checks
+    from luthier.cli.show import checks, verdict
     from luthier.verbs.audit import audit as verb
 
     found = verb(delta, plan=plan, overrides=overrides or (), out=out, progress=say)
     checks(found.report["audit"])
     plain("")
-    plain(found.verdict)
+    plain(verdict(found.report["audit"]))
     plain(f"report  {found.out / 'report.html'}")
 
 

@@ -21,7 +21,7 @@ def run(done: Any) -> None:
     cost = done.report["cost"]
     checks(done.report.get("audit") or {})
     plain("")
-    plain(done.verdict)
+    plain(verdict(done.report.get("audit") or {}))
     facts = [f"{cost['steps']:,} steps", f"{cost['tokens']:,} tokens", words.duration(cost["seconds"])]
     facts += [f"{cost['parameters_moved']:,} numbers moved", f"peak memory {words.size(cost['peak_memory'])}"]
     plain(" · ".join(facts))
@@ -29,6 +29,12 @@ def run(done: Any) -> None:
         say(f"note: {warning}")
     plain(f"delta   {done.out}")
     plain(f"report  {Path(done.out) / 'report.html'}")
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """An audit's finding in plain words."""
+    told = found.get("verdict") or "not measured"
+    return str(told["line"]) if isinstance(told, Mapping) else str(told)
 
 
 def checks(found: Mapping[str, Any]) -> None:

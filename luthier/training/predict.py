@@ -143,7 +143,8 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
         pieces.attach(plan.delta)
     _draw(pieces, mode)
     if plan.train.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     head = model.get_output_embeddings() if base.kind != "classify" else None
     selector = HeadSelector(head) if head is not None else None
     name = "classification" if base.kind == "classify" and plan.objective.name == "sft" else plan.objective.name
@@ -172,7 +173,9 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
     try:
         traced = predict_peak(step, held, mode)
     except DynamicOutputShapeException as e:
-        raise LuthierError(f"memory cannot be predicted: an operation's shape depends on values ({e}); run without --dry-run") from e
+        raise LuthierError(
+            f"memory cannot be predicted: an operation's shape depends on values ({e}); run without --dry-run"
+        ) from e
     moving, sites = _moving(pieces)
     kept = traced.after - traced.held + sum(p.numel() * p.element_size() for p in numbers)
     return Prediction(traced, pieces, moving, sites, kept)

@@ -28,7 +28,7 @@ class Audited:
     @property
     def verdict(self) -> str:
         """What was gained and lost, in one line."""
-        return self.report["audit"]["verdict"]
+        return str(self.report["audit"]["verdict"]["line"])
 
 
 def audit(
