@@ -22,6 +22,7 @@ from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training import certificate, checkpoint, proof
 from luthier.training.events import Events
+from luthier.training.fast import Pruner, speed_up
 from luthier.training.feed import Feed
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
@@ -137,12 +138,18 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         base.model.compile(dynamic=True)
     head = base.model.get_output_embeddings() if base.kind != "classify" else None
     selector = HeadSelector(head) if head is not None else None
+    fused: dict[str, int] = {}
+    if not plan.train.compile:
+        fused = speed_up(base.model, base.roles)
+        if selector is not None and base.kind == "causal" and not plan.train.checkpointing:
+            Pruner(base.roles, base.model, selector)
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
     objective = OBJECTIVES.make(
         OBJECTIVE_OF.get((plan.objective.name, base.kind), plan.objective.name), plan.objective.settings
     )
 
     def view(batch: Any) -> View:
+        handle.ctx.columns, handle.ctx.segments = batch, batch.get("segments")
         return View(machine.model, batch, selector, base.kind)
 
     found = checkpoint.latest(out / "checkpoints") if resume else None
@@ -157,6 +164,12 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         if pieces.needs_gradients:
             _score(plan, pieces, data, machine, objective, view)
         pieces.draw(0)
+    if machine.world > 1:
+        if machine.sharded:
+            pieces.hold_as_trained()
+        torch.manual_seed(
+            plan.train.seed + machine.rank
+        )  # dropout differs between processes; draws have their own seeds
     machine.wrap()
     optimiser = make_optimiser(handle, plan.train, pieces.rates)
     feed = Feed(
@@ -182,6 +195,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         "precision": precision.report(),
         "steps": steps,
         "world": machine.world,
+        "fused": fused,
         "wrapper": type(machine.model).__name__,
     }
     training.record["known_answers"] = proof.known_answers(training) if not found else state["known_answers"]

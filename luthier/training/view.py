@@ -24,6 +24,8 @@ class HeadSelector:
 
     def __init__(self, head: nn.Module) -> None:
         self.index: Tensor | None = None
+        self.full_length = 0
+        """Positions of the batch, B·T, while selecting."""
         self.hook = head.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -33,9 +35,9 @@ class HeadSelector:
         return (hidden.reshape(-1, hidden.shape[-1])[self.index].unsqueeze(0), *args[1:])
 
     @contextmanager
-    def at(self, index: Tensor) -> Iterator[None]:
+    def at(self, index: Tensor, full_length: int) -> Iterator[None]:
         """Within: the head sees the flat positions `index` of [B·T] only, as a batch of one row."""
-        self.index = index
+        self.index, self.full_length = index, full_length
         try:
             yield
         finally:
@@ -84,6 +86,9 @@ class View:
         given = {k: self.batch[k] for k in keep if k in self.batch}
         if "mask_4d" in self.batch:
             given["attention_mask"] = self.batch["mask_4d"]
+        elif self.kind == "causal":
+            # Padding stands on the right, where causal attention never looks from a token: no mask, a faster kernel.
+            del given["attention_mask"]
         if self.kind != "classify":
             given["use_cache"] = False
         return given
@@ -95,7 +100,7 @@ class View:
         if self.selector is None:
             out = self.model(**self.inputs()).logits
             return out.reshape(-1, out.shape[-1])[index]
-        with self.selector.at(index):
+        with self.selector.at(index, self.batch["weights"].numel()):
             logits = self.model(**self.inputs()).logits
         if logits.shape[-2] != len(index):
             raise LuthierError(
