@@ -16,6 +16,7 @@ from luthier.attach.numbers import CHILD, Live, key_of, numbers_of, put
 from luthier.attach.point import Placed, Point
 from luthier.attach.prompts import stack_of
 from luthier.attach.weights import gathered, module_at, oriented, read_weight
+from luthier.bases.fingerprint import compare, fingerprint
 from luthier.delta import FORMS, Context, Form, No, Site, State
 from luthier.delta.artefact import Delta, Piece, supply_attacher
 from luthier.errors import LuthierError
@@ -381,14 +382,15 @@ def attached(model: nn.Module) -> Attached:
     return model.__dict__[HANDLE]
 
 
-def apply(model: nn.Module, delta: Delta, *, strict: bool = True, fingerprint: str | None = None) -> Attached:
-    """Attaches every piece of a delta. With `strict`, a stated fingerprint that differs from the delta's is an error."""
-    stated = delta.base.get("fingerprint")
-    if strict and fingerprint and stated and fingerprint != stated:
-        raise LuthierError(
-            f"the delta was made on base {stated}, this base is {fingerprint}: load the right base or port the delta"
-        )
+def apply(model: nn.Module, delta: Delta, *, strict: bool = True) -> Attached:
+    """Attaches every piece of a delta, or none. With `strict`, a model that is not the delta's base is an error.
+
+    Fresh heads and rows of new tokens are not in a fingerprint: a base that has them is left to `luthier.load`.
+    """
     handle = attached(model)
+    grown = delta.base.get("new_tokens") or delta.base.get("kind") == "classify"
+    if strict and delta.base.get("fingerprint") and not grown and not handle.edits:
+        _same_base(model, delta)
     done = []
     try:
         for piece in delta.pieces:
@@ -400,6 +402,21 @@ def apply(model: nn.Module, delta: Delta, *, strict: bool = True, fingerprint: s
                 handle.detach(name)
         raise
     return handle
+
+
+def _same_base(model: nn.Module, delta: Delta) -> None:
+    stated, here = delta.base["fingerprint"], fingerprint(model)
+    same = compare(stated, here)
+    exact = any(piece.form.at == "base" for piece in delta.pieces)
+    if same == "different":
+        raise LuthierError(
+            f"the delta was made on base {stated}, this base is {here}: load the right base or port the delta"
+        )
+    if same != "same" and exact:
+        raise LuthierError(
+            f"the delta holds exact differences from base {stated}, this base is {here} (the same in another type): "
+            f"load the base with dtype: {stated.rpartition(':')[2]}"
+        )
 
 
 def _detach(model: nn.Module, delta: Delta) -> None:

@@ -160,7 +160,8 @@ def _projected(logits: torch.Tensor, seed: int) -> torch.Tensor:
 
 def _signs(rows: int, columns: int, seed: int) -> torch.Tensor:
     """Random signs, one hashed 64-bit word a row (splitmix64): the same on every machine and in every version."""
-    z = torch.arange(1, rows + 1, dtype=torch.int64) * -7046029254386353131 + seed * 1442695040888963407
+    start = (seed * 1442695040888963407 + (1 << 63)) % (1 << 64) - (1 << 63)  # as a signed 64-bit number
+    z = torch.arange(1, rows + 1, dtype=torch.int64) * -7046029254386353131 + start
     z = (z ^ _shift(z, 30)) * -4658895280553007687
     z = (z ^ _shift(z, 27)) * -7723592293110705685
     z = z ^ _shift(z, 31)
