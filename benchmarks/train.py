@@ -26,8 +26,20 @@ from pathlib import Path
 from typing import Any
 
 ARMS = ("luthier", "trl", "trl-grouped", "luthier-same", "trl-same")
-CPU = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1536}
-GPU = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 5632}
+CPU = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 1536,
+}
+GPU = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 5632,
+}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -42,7 +54,10 @@ def prepare(folder: Path, data: Path, records: int, gpu: bool) -> None:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=["<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=8192,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator((r["question"] + "\n" + r["answer"] for r in rows), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
@@ -89,7 +104,9 @@ def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> 
     if same:  # the batches this arm draws are what the peer is given, and so is the start of A
         step = training.loop.next_step
         training.loop.next_step = lambda: batches.append(step()) or batches[-1]
-        start = {n: p.detach().clone().cpu() for n, p in training.loop.optimiser.names.items()} if what == "lora" else {}
+        start = (
+            {n: p.detach().clone().cpu() for n, p in training.loop.optimiser.names.items()} if what == "lora" else {}
+        )
     synchronise(device)
     if device.type == "cpu":
         imported = imported
@@ -100,9 +117,16 @@ def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> 
     seconds = time.perf_counter() - started
     if same:
         keep = ("input_ids", "attention_mask", "weights")
-        torch.save({"batches": [{k: b[k] for k in keep} for s in batches for b in s], "start": start}, folder / "same.pt")
+        torch.save(
+            {"batches": [{k: b[k] for k in keep} for s in batches for b in s], "start": start}, folder / "same.pt"
+        )
     peak = peak_memory(device) - (imported if device.type == "cpu" else 0)
-    return {"seconds": seconds, "tokens": progress.tokens, "peak": peak, "losses": [row["loss"] for row in progress.curve]}
+    return {
+        "seconds": seconds,
+        "tokens": progress.tokens,
+        "peak": peak,
+        "losses": [row["loss"] for row in progress.curve],
+    }
 
 
 def trl_arm(folder: Path, what: str, kind: str, how: str, length: int, gpu: bool) -> dict[str, Any]:
@@ -125,7 +149,11 @@ def trl_arm(folder: Path, what: str, kind: str, how: str, length: int, gpu: bool
         **({"train_sampling_strategy": "group_by_length"} if how == "grouped" else {}),
     )  # fmt: skip
     data = load_dataset("json", data_files=str(folder / "records.jsonl"), split="train", cache_dir=str(folder / "hf"))
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, lora_dropout=0.0, task_type="CAUSAL_LM") if what == "lora" else None
+    lora = (
+        LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, lora_dropout=0.0, task_type="CAUSAL_LM")
+        if what == "lora"
+        else None
+    )
     times: dict[str, float] = {}
 
     class Clock(TrainerCallback):
@@ -137,14 +165,18 @@ def trl_arm(folder: Path, what: str, kind: str, how: str, length: int, gpu: bool
             synchronise("cuda" if gpu else "cpu")
             times["end"] = time.perf_counter()
 
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[Clock()]
+    )
     if how == "same":
         given = torch.load(folder / "same.pt")
         batches = []
         for b in given["batches"]:
             labels = torch.where(b["weights"] > 0, b["input_ids"], -100)
             batches.append({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"], "labels": labels})
-        trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(torch.utils.data.DataLoader(batches, batch_size=None))
+        trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(
+            torch.utils.data.DataLoader(batches, batch_size=None)
+        )
         for name, value in given["start"].items():  # piece/module/A -> module.lora_A.default.weight
             _, module, letter = name.split("/")
             target = trainer.model.get_submodule(f"base_model.model.{module}.lora_{letter}.default").weight
@@ -182,7 +214,19 @@ def needed_flops(folder: Path, what: str, gpu: bool, length: int) -> float:
 
 def run_arm(arm: str, folder: Path, what: str, kind: str, gpu: bool) -> dict[str, Any]:
     """One arm in a process of its own."""
-    command = [sys.executable, __file__, "--arm", arm, "--folder", str(folder), "--what", what, "--types", kind, *(["--gpu"] if gpu else [])]
+    command = [
+        sys.executable,
+        __file__,
+        "--arm",
+        arm,
+        "--folder",
+        str(folder),
+        "--what",
+        what,
+        "--types",
+        kind,
+        *(["--gpu"] if gpu else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{arm} {what} {kind} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -196,7 +240,9 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=["lora", "full"])
     parser.add_argument("--types", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LUTHIER_DATA", "../shared/data")) / "gsm8k/train.jsonl")
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("LUTHIER_DATA", "../shared/data")) / "gsm8k/train.jsonl"
+    )
     parser.add_argument("--arm")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--gpu", action="store_true")
@@ -226,8 +272,12 @@ def main() -> None:
                 for _ in range(args.repeats):
                     for arm in args.arms:
                         found[arm].append(run_arm(arm, folder, what, kind, gpu))
-                rate = peak_flops("cuda" if gpu else "cpu", torch.bfloat16 if kind == "bf16" else torch.float32, seconds=2.0)
-                summary.setdefault(what, {})[kind] = table(what, kind, found, needed_flops(folder, what, gpu, length) / rate)
+                rate = peak_flops(
+                    "cuda" if gpu else "cpu", torch.bfloat16 if kind == "bf16" else torch.float32, seconds=2.0
+                )
+                summary.setdefault(what, {})[kind] = table(
+                    what, kind, found, needed_flops(folder, what, gpu, length) / rate
+                )
     print(json.dumps(summary))
 
 
@@ -242,14 +292,20 @@ def table(what: str, kind: str, found: dict[str, list[dict[str, Any]]], ideal_se
     if "luthier" in found:
         out["of_peak"] = ideal_seconds / statistics.median(r["seconds"] for r in found["luthier"])
         print(f"  luthier reaches {out['of_peak']:.0%} of a bare matrix product's rate")
-    for name, ours, theirs in (("", "luthier", "trl"), ("_grouped", "luthier", "trl-grouped"), ("_same", "luthier-same", "trl-same")):
+    for name, ours, theirs in (
+        ("", "luthier", "trl"),
+        ("_grouped", "luthier", "trl-grouped"),
+        ("_same", "luthier-same", "trl-same"),
+    ):
         if ours in found and theirs in found:
             out["speed" + name], out["memory" + name] = speed[ours] / speed[theirs], peak[ours] / peak[theirs]
             print(f"  {ours} / {theirs}: speed {out['speed' + name]:.2f}×, memory {out['memory' + name]:.2f}×")
     if "luthier-same" in found and "trl-same" in found:
         a, b = found["luthier-same"][0]["losses"], found["trl-same"][0]["losses"]
         out["loss_difference"] = max(abs(x - y) / y for x, y in zip(a, b, strict=True))
-        print(f"  largest difference of the losses at a step, identical batches: {out['loss_difference']:.3%} over {len(a)} steps")
+        print(
+            f"  largest difference of the losses at a step, identical batches: {out['loss_difference']:.3%} over {len(a)} steps"
+        )
     return out
 
 

@@ -1,0 +1,236 @@
+"""One test a row of the papers table: what any faithful implementation shows exactly. `luthier papers ID` names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.attach import Attached, attached
+from luthier.attach.sites import parameter_items, sites_for
+from luthier.bases.roles import Roles
+from luthier.choices.engine import ChoiceContext
+from luthier.delta import CHOICES, FORMS
+from luthier.errors import LuthierError
+from tests.tiny import tiny, tiny_ids
+
+IDS = tiny_ids(2, 10)
+
+
+def with_form(name: str, family: str = "llama", **settings: Any) -> tuple[Any, Attached, Roles]:
+    model = tiny(family)
+    roles, handle = Roles(model), attached(model)
+    form = FORMS.make(name, settings)
+    handle.add(handle.build(name, form, sites_for(roles, form)), train=True)
+    return model, handle, roles
+
+
+def values(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".luthier." not in n}
+
+
+def train(model: Any, handle: Attached, steps: int = 3, lr: float = 0.02) -> torch.optim.Optimizer:
+    parameters = [p for rows in handle.trained().values() for _, p in rows]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        logits = model(input_ids=IDS, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+        optimiser.step()
+        handle.after_step()
+        optimiser.zero_grad()
+    return optimiser
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def moved(before: dict[str, Tensor], model: Any) -> set[str]:
+    return {n for n, v in values(model).items() if not torch.equal(v, before[n])}
+
+
+def choose(name: str, model: Any, step: int = 0, seed: int = 0, **settings: Any) -> dict[str, Tensor | None]:
+    items = parameter_items(Roles(model), model)
+    context = ChoiceContext(seed=seed, step=step, weight=lambda n: model.get_parameter(n).detach())
+    return CHOICES.make(name, settings).select(items, context)
+
+
+def close(a: Tensor, b: Tensor, allowed: float = 1e-5) -> bool:
+    return float((a - b).abs().max()) <= allowed * float(b.abs().max())
+
+
+def test_p110_lora() -> None:
+    model = tiny()
+    base, before = logits(model), values(model)
+    model, handle, _ = with_form("lora", rank=4, alpha=8)
+    assert torch.equal(logits(model), base)
+    train(model, handle)
+    assert not moved(before, model)
+    tuned = logits(model)
+    assert not close(tuned, base, 1e-3)
+    numbers = sum(p.numel() for _, p in handle.trained()["lora"])
+    sites = handle.pieces["lora"].sites.values()
+    assert numbers == handle.pieces["lora"].count() == sum(4 * (s.d_in + s.d_out) for s in sites)
+    handle.fold()
+    assert close(logits(model), tuned)
+    folded = values(model)
+    subtracted = {
+        f"{q.state.site.name}.weight": folded[f"{q.state.site.name}.weight"] - q.form.delta(q.state)["weight"]
+        for q in handle.placed["lora"]
+    }
+    assert any(not torch.equal(v.detach(), before[n]) for n, v in subtracted.items()), "subtracting is not undoing"
+    handle.unfold()
+    assert not moved(before, model)
+
+
+def test_p159_rank_stabilised_scale() -> None:
+    for rank in (1, 4, 16):
+        form, site = FORMS.make("lora", {"rank": rank, "alpha": 8, "scaling": "rslora"}), None
+        _, handle, _ = with_form("lora", rank=rank, alpha=8, scaling="rslora")
+        site = next(iter(handle.pieces["lora"].sites.values()))
+        assert form.at_site(site) == (rank, 8 / rank**0.5)
+
+
+def test_p175_dora() -> None:
+    base = logits(tiny())
+    model, handle, _ = with_form("dora", rank=4)
+    assert close(logits(model), base)
+    before = values(model)
+    train(model, handle)
+    assert not moved(before, model)
+    for q in handle.placed["dora"]:
+        magnitude = [v for v in q.state.p.values() if v.dim() == 1]
+        assert [v.shape[0] for v in magnitude] == [q.state.site.d_out]
+    tuned = logits(model)
+    handle.fold()
+    assert close(logits(model), tuned)
+
+
+def test_p224_scale_and_shift() -> None:
+    base = logits(tiny("gpt2"))
+    model, handle, _ = with_form("scale-shift", "gpt2")
+    assert torch.equal(logits(model), base)
+    before = values(model)
+    train(model, handle)
+    assert not moved(before, model)
+    assert all(p.dim() == 1 for _, p in handle.trained()["scale-shift"])
+    tuned = logits(model)
+    handle.fold()
+    assert close(logits(model), tuned)
+
+
+def test_p224_shift_needs_a_bias_to_fold() -> None:
+    model, handle, _ = with_form("scale-shift", "llama")
+    train(model, handle)
+    before = values(model)
+    try:
+        handle.fold()
+    except LuthierError as e:
+        assert "bias" in str(e) and not moved(before, model)
+    else:
+        raise AssertionError("a shift cannot fold into a linear map without a bias")
+
+
+def test_p089_half_fine_tuning() -> None:
+    model = tiny("llama", num_hidden_layers=4, num_key_value_heads=4)
+    roles, handle = Roles(model), attached(model)
+    items = parameter_items(roles, model)
+    selection = choose("hft", model)
+    assert set(selection.values()) == {None}
+    by_layer = {n: [items[k].role for k in selection if items[k].layer == n] for n in range(4)}
+    ffn = []
+    for chosen in by_layer.values():
+        assert sum(r.startswith("attn.") for r in chosen) == 2 and sum(r.startswith("norm") for r in chosen) == 1
+        ffn.append(sum(r.startswith("ffn.") for r in chosen))
+    assert sorted(ffn) == [1, 1, 2, 2]
+    block = [k for k, s in items.items() if s.layer is not None]
+    numel = {k: model.get_parameter(k).numel() for k in block}
+    assert 2 * sum(numel[k] for k in block if k in selection) == sum(numel.values())
+    assert all(k in selection for k, s in items.items() if s.role in ("embed", "head"))
+    before = values(model)
+    handle.move("hft", selection)
+    optimiser = train(model, handle)
+    assert moved(before, model) == set(selection)
+    assert sum(v["exp_avg"].numel() for v in optimiser.state.values()) == sum(
+        model.get_parameter(k).numel() for k in selection
+    )
+
+
+def test_p193_lisa() -> None:
+    model = tiny("llama", num_hidden_layers=4)
+    items, seen = parameter_items(Roles(model), model), set()
+    handle = attached(model)
+    for window in range(12):
+        selection = choose("lisa", model, step=5 * window, layers_active=1, every=5)
+        layers = {items[k].layer for k in selection} - {None}
+        assert len(layers) == 1 and {"embed", "head"} <= {items[k].role for k in selection}
+        assert {k for k, s in items.items() if s.layer in layers} <= set(selection)
+        seen |= layers
+        if window < 2:
+            before = values(model)
+            for edit in handle.edits.get("lisa", {}).values():
+                edit.train(False)
+            handle.move("lisa", selection)
+            optimiser = train(model, handle, steps=2)
+            assert moved(before, model) == set(selection)
+            active = sum(model.get_parameter(k).numel() for k in selection)
+            assert sum(v["exp_avg"].numel() for v in optimiser.state.values()) == active
+    assert seen == {0, 1, 2, 3}
+
+
+def test_p221_biases_only() -> None:
+    model = tiny("gpt2")
+    handle, before = attached(model), values(model)
+    handle.move("bias", choose("bias", model))
+    train(model, handle)
+    assert moved(before, model) == {n for n in before if n.endswith(".bias")}
+    try:
+        choose("bias", tiny("llama"))
+    except LuthierError as e:
+        assert "bias" in str(e)
+    else:
+        raise AssertionError("a base without biases must be refused")
+
+
+def test_p141_norms_only() -> None:
+    for family, gains_only in (("gpt2", False), ("llama", True)):
+        model = tiny(family)
+        handle, before = attached(model), values(model)
+        handle.move("norm", choose("norm", model))
+        train(model, handle)
+        changed = moved(before, model)
+        norms = {k for k, s in parameter_items(Roles(model), model).items() if s.role.startswith("norm")}
+        assert changed == norms and gains_only == all(n.endswith(".weight") for n in changed)
+
+
+def test_p444_deep_prefix() -> None:
+    model, handle, roles = with_form("prefix", length=3)
+    before = values(model)
+    train(model, handle)
+    assert not moved(before, model)
+    numbers = sum(p.numel() for _, p in handle.trained()["prefix"])
+    assert numbers == roles.layer_count * 2 * 3 * roles.n_kv_heads * roles.head_dim == handle.pieces["prefix"].count()
+    tuned = logits(model)
+    for q in handle.placed["prefix"]:
+        kept = {k: v.detach().clone() for k, v in q.state.p.items()}
+        with torch.no_grad():
+            for v in q.state.p.values():
+                v.zero_()
+        assert not torch.equal(logits(model), tuned), f"zeroing the prefix of {q.state.site.name} changed nothing"
+        with torch.no_grad():
+            for k, v in kept.items():
+                q.state.p[k].copy_(v)
+    assert torch.equal(logits(model), tuned)
+
+
+def test_p246_adapters_serial_and_parallel() -> None:
+    for placement in ("serial", "parallel"):
+        base = logits(tiny())
+        model, handle, _ = with_form("adapter", width=8, placement=placement)
+        assert torch.equal(logits(model), base)
+        before = values(model)
+        train(model, handle)
+        assert not moved(before, model) and not close(logits(model), base, 1e-3)
+        assert sum(p.numel() for _, p in handle.trained()["adapter"]) == handle.pieces["adapter"].count()
