@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count."""
@@ -38,7 +39,8 @@ def _run(argv: Sequence[str] | None) -> int:
     from luthier.cli.app import command
 
     # typer brings its own click or uses the installed one; either way these are the parents of its public error.
-    UsageError, ClickException = BadParameter.__mro__[1:3]
+    UsageError: Any = BadParameter.__mro__[1]
+    ClickException: Any = BadParameter.__mro__[2]
 
     args = list(sys.argv[1:] if argv is None else argv)
     try:

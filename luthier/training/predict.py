@@ -6,6 +6,7 @@ allocates inside itself is not seen: a few per cent.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ from luthier.delta import OBJECTIVES
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
+from luthier.training.fast import Pruner, speed_up
 from luthier.training.groups import make_optimiser
 from luthier.training.pieces import Pieces
 from luthier.training.precision import Precision
@@ -33,6 +35,8 @@ from luthier.training.view import Batch, HeadSelector, View
 
 FILLER = 1 << 20
 """Numbers drawn for a weight that a choice wants to look at; a larger one repeats them."""
+COLLECT = 16
+"""Storages made between collections: recomputed layers leave cycles behind on fake tensors that a run does not have."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self._made = 0
         self._seen = WeakIdKeyDictionary()
 
     def see(self, value: Any) -> None:
@@ -66,6 +70,9 @@ class Alive(TorchDispatchMode):
             return
         size = storage.nbytes()
         self._seen[storage] = size
+        self._made += 1
+        if self._made % COLLECT == 0:
+            gc.collect()
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, size)
@@ -90,8 +97,13 @@ def predict_peak(step: Callable[[], Any], held: Any = (), mode: AbstractContextM
         for tensor in [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]:
             alive.see(tensor)
     before = alive.peak = alive.now
-    with mode or FakeTensorMode(allow_non_fake_inputs=True), flops, alive:
-        step()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through again and again
+    try:
+        with mode or FakeTensorMode(allow_non_fake_inputs=True), flops, alive:
+            step()
+    finally:
+        gc.unfreeze()
     return Traced(alive.peak, before, alive.now, flops.get_total_flops())
 
 
@@ -131,6 +143,8 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = base.model
+    if not plan.train.compile:
+        _as_fast(base)
     without_weights(model, mode, device)
     inputs, supervised = _faked(batch, base, mode, device)
     with mode:
@@ -147,6 +161,8 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
         enable({"use_reentrant": False})
     head = model.get_output_embeddings() if base.kind != "classify" else None
     selector = HeadSelector(head) if head is not None else None
+    if selector is not None and base.kind == "causal" and not (plan.train.compile or plan.train.checkpointing):
+        Pruner(base.roles, model, selector)
     name = "classification" if base.kind == "classify" and plan.objective.name == "sft" else plan.objective.name
     objective = OBJECTIVES.make(name, plan.objective.settings)
     with mode:
@@ -179,6 +195,17 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
     moving, sites = _moving(pieces)
     kept = traced.after - traced.held + sum(p.numel() * p.element_size() for p in numbers)
     return Prediction(traced, pieces, moving, sites, kept)
+
+
+def _as_fast(base: Base) -> None:
+    """The run's faster blocks. They are tried on numbers first, so for that moment every weight is one number, repeated."""
+    kept = [(m, k, p) for m in base.model.modules() for k, p in m._parameters.items() if p is not None]
+    for module, name, old in kept:
+        one = torch.full((1,), 0.01, dtype=old.dtype)
+        module._parameters[name] = nn.Parameter(one.expand(old.shape), old.requires_grad)
+    speed_up(base.model, base.roles)
+    for module, name, old in kept:
+        module._parameters[name] = old
 
 
 def _faked(batch: Batch, base: Base, mode: FakeTensorMode, device: torch.device) -> tuple[Batch, Any]:
