@@ -27,6 +27,7 @@ MORE = [
     Case("scale-shift", "llama", {"shift": False}),
     Case("scale-shift", "gemma", {"shift": False}),
     Case("scale-shift", "gpt2", {}, ["attn.qkv", "ffn", "norm.ffn"]),
+    Case("bias", "gpt2", {}, ["attn.qkv", "ffn"]),
     Case("ia3", "opt", {"inputs": ["attn.o"]}, ["attn.o", "attn.k"]),
     Case("prefix", "gemma2", {"length": 3}),
     Case("prefix", "opt", {"length": 2}),

@@ -11,7 +11,7 @@ from luthier.attach import Attached, attached
 from luthier.attach.sites import parameter_items, sites_for
 from luthier.bases.roles import Roles
 from luthier.choices.engine import ChoiceContext
-from luthier.delta import CHOICES, FORMS
+from luthier.delta import CHOICES, FORMS, Site, State
 from luthier.errors import LuthierError
 from tests.tiny import tiny, tiny_ids
 
@@ -234,3 +234,66 @@ def test_p246_adapters_serial_and_parallel() -> None:
         train(model, handle)
         assert not moved(before, model) and not close(logits(model), base, 1e-3)
         assert sum(p.numel() for _, p in handle.trained()["adapter"]) == handle.pieces["adapter"].count()
+
+
+def test_p221_added_biases_where_the_base_has_none() -> None:
+    base = logits(tiny())
+    model, handle, _ = with_form("bias")
+    before = values(model)
+    assert torch.equal(logits(model), base)
+    train(model, handle)
+    assert not moved(before, model) and not close(logits(model), base, 1e-3)
+    assert sum(p.numel() for _, p in handle.trained()["bias"]) == handle.pieces["bias"].count()
+    try:
+        handle.fold()
+    except LuthierError as e:
+        assert "attention_bias" in str(e)
+    else:
+        raise AssertionError("a bias cannot fold where there is none")
+
+
+def test_p159_a_step_is_as_large_at_every_rank() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, target = torch.randn(64, 256, generator=g), torch.randn(64, 128, generator=g)
+    site = Site("w", "ffn.up", 0, "linear", 256, 128)
+
+    def first_step(rank: int, scaling: str) -> tuple[float, float]:
+        form = FORMS.make("lora", {"rank": rank, "alpha": 8.0, "scaling": scaling})
+        p = {k: v.requires_grad_() for k, v in form.build(site, torch.Generator().manual_seed(1))[0].items()}
+        state, still = State(site, p, {}, lambda: torch.zeros(128, 256)), torch.zeros(64, 128)
+        (form.change(x, still, state) * target).sum().backward()
+        gradient = p["B"].grad
+        with torch.no_grad():
+            p["B"] -= gradient
+            along = -(form.change(x, still, state) * target).sum() / target.norm()
+        return float(gradient.norm()), float(along)
+
+    ranks = (4, 16, 64, 256)
+    for number in (0, 1):  # gradient norm, and how far the output moves along the wanted direction
+        flat, shrinking = ([first_step(r, s)[number] for r in ranks] for s in ("rslora", "standard"))
+        assert max(flat) < 1.6 * min(flat)
+        assert all(a > 1.6 * b for a, b in zip(shrinking, shrinking[1:], strict=False))
+
+
+def test_p123_adapters_and_norms_only() -> None:
+    base = logits(tiny("gpt2"))
+    model, handle, roles = with_form("adapter", "gpt2", width=4)
+    assert torch.equal(logits(model), base)
+    handle.move("norm", choose("norm", model))
+    before = values(model)
+    train(model, handle)
+    assert moved(before, model) == {k for k, s in parameter_items(roles, model).items() if s.role.startswith("norm")}
+    d, m = roles.hidden, 4
+    assert handle.pieces["adapter"].count() == roles.layer_count * 2 * (2 * m * d + m + d)
+    first = handle.delta(parameter_items(roles, model))
+    tuned = logits(model)
+    handle.detach()
+    assert torch.equal(logits(model), base)
+    other, second, _ = with_form("adapter", "gpt2", width=4)
+    train(other, second, lr=0.1)
+    delta = second.delta()
+    delta.apply(model)
+    assert torch.equal(logits(model), logits(other))
+    delta.detach(model)
+    first.apply(model)
+    assert torch.equal(logits(model), tuned)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.attach.weights import gathered
 from luthier.plan.load import load_plan
 from luthier.plan.schema import Plan
 from luthier.training.run import Training, build
@@ -84,7 +85,7 @@ def end_of(training: Training) -> End:
     state = training.loop.progress
     return End(
         {k: v.clone() for k, v in training.delta()._flat()},
-        {k: v.detach().clone() for k, v in training.loop.optimiser.state().items()},
+        {k: gathered(v.detach()).clone() for k, v in training.loop.optimiser.state().items()},
         [{k: v for k, v in row.items() if k != "seconds"} for row in state.curve],
         list(state.evals),
         training.record,
