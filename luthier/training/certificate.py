@@ -80,6 +80,7 @@ def _peek(loop: Loop, batches: Any) -> tuple[list[str], float]:
     batch = next(batches)
     with torch.no_grad(), loop.machine.precision.context(loop.machine.device):
         total, count = loop.objective(loop.view(loop.machine.to_device(batch)))
+    loop.machine.reshard()
     batches.load_state_dict(position)
     set_random_states(states)
     return list(batch["where"]), float(total) / max(float(count), 1e-30)

@@ -62,7 +62,8 @@ class Events:
         self.tell("end", loop)
         if self.bar:
             self.bar.close()
-        loop.machine.accelerator.end_training()
+        for tracker in loop.machine.accelerator.trackers:
+            tracker.finish()
 
     def on_step(self, loop: Loop) -> bool:
         train, state = self.plan.train, loop.progress
@@ -109,6 +110,7 @@ class Events:
         size = train.eval_batch_size or train.batch_size
         held_out = self.data.eval_batches(size, loop.machine.rank, loop.machine.world)
         loss = evaluate(loop, all_ready(held_out, self.pieces.base, loop.machine.compute))
+        loop.machine.reshard()
         state.evals.append({"step": state.step, "loss": loss})
         self._log(loop, {"eval_loss": loss})
         self.tell("eval", loop)

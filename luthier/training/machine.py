@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
+from luthier.attach.attached import HANDLE, Attached
+from luthier.attach.edits import Edit
 from luthier.errors import LuthierError
 from luthier.training.precision import Precision
 from luthier.training.view import Batch
@@ -29,6 +34,8 @@ class Machine:
     model: nn.Module
     sharded: bool = False
     plain: nn.Module = field(init=False)
+    entries: dict[str, Edit] = field(init=False, default_factory=dict)
+    """Entries of base parameters that train; on several processes their gradients are averaged here."""
 
     def __post_init__(self) -> None:
         self.plain = self.model
@@ -59,27 +66,73 @@ class Machine:
         """Puts DDP or FSDP2 around the model; again after what trains has changed. Proves that it did."""
         if self.world == 1:
             return
+        handle: Attached | None = self.plain.__dict__.get(HANDLE)
+        edits = {k: e for t in handle.edits.values() for k, e in t.items()} if handle else {}
+        self.entries = {k: e for k, e in edits.items() if e.values is not None and e.values.requires_grad}
         if self.sharded:
-            if self.model is self.plain:
-                self.model = self.accelerator.prepare_model(self.plain)
-            kinds = {type(p).__name__ for p in self.model.parameters()}
-            if kinds != {"DTensor"}:
-                raise LuthierError(
-                    f"FSDP2 was asked for, but parameters are {sorted(kinds)}: see docs/multi-process.md"
-                )
-            self.plain = self.model
+            self._shard()
         else:
-            self.model = nn.parallel.DistributedDataParallel(
+            self._replicate()
+
+    def _shard(self) -> None:
+        if self.entries:
+            key, edit = next(iter(self.entries.items()))
+            raise LuthierError(
+                f"single entries of {key} would train (piece '{edit.piece}'), which FSDP2 cannot "
+                "do on sharded parameters: set train.fsdp: false, or choose whole tensors"
+            )
+        if self.model is self.plain and not isinstance(self.model, FSDPModule):
+            self.model = fsdp2_prepare_model(self.accelerator, self.plain)
+        kinds = {type(p).__name__ for p in self.model.parameters()}
+        if kinds != {"DTensor"} or not isinstance(self.model, FSDPModule):
+            raise LuthierError(f"FSDP2 was asked for, but parameters are {sorted(kinds)}: see docs/multi-process.md")
+
+    def _replicate(self) -> None:
+        # DDP's reduction would fill gradients anew after an entry's hook has freed them: it leaves those alone, and
+        # `accumulating` averages the k entries themselves.
+        apart = {id(p) for e in self.entries.values() for p in (e.parameter, e.values)}
+        names = [n for n, p in self.plain.named_parameters() if id(p) in apart]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.plain, names)
+        self.model = self.plain  # frees the wrapper before, and its hooks, first
+        gc.collect()
+        if any(p.requires_grad and id(p) not in apart for p in self.plain.parameters()):
+            self.model = DistributedDataParallel(
                 self.plain,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 find_unused_parameters=True,
             )
 
+    def close(self) -> None:
+        """Leaves the group of processes: the last thing a run does, since reading sharded numbers takes all of them."""
+        self.accelerator.state.destroy_process_group()
+
     @contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
-        """Within: gradients stay on the process while more micro-batches of the step follow."""
-        with self.accelerator.no_sync(self.model) if more and self.world > 1 else nullcontext():
+        """Within: gradients stay on the process while more micro-batches of the step follow; after the last one they
+        are averages over the processes."""
+        if self.world == 1:
             yield
+            return
+        with self.accelerator.no_sync(self.model) if more else nullcontext():
+            yield
+        for values in [e.values for e in self.entries.values() if e.values is not None and not more]:
+            mine = torch.zeros_like(values) if values.grad is None else values.grad
+            values.grad = cast(Tensor, self.accelerator.reduce(mine, "mean"))
+
+    def reshard(self) -> None:
+        """Sharded parameters as they rest. A forward pass without a backward leaves some of them whole, and what is
+        then written into them, or switched on and off, would be lost at the next gathering."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def unshard(self) -> None:
+        """Whole parameters on every process from now on: what follows training (probes, seals, the report) is then
+        done without the others."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False)
+                module.unshard()
 
     def to_device(self, batch: Batch | None) -> Batch:
         if batch is None:

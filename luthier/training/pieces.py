@@ -106,6 +106,14 @@ class Pieces:
     def needs_gradients(self) -> bool:
         return any(getattr(c.choice, "needs_grad", False) for c in self.chosen)
 
+    def hold_as_trained(self) -> None:
+        """Float32 for all that a later redraw may let train: sharded parameters cannot change their type."""
+        for chosen in self.chosen:
+            if getattr(chosen.choice, "every", 0):
+                for name in chosen.items:
+                    parameter = self.base.model.get_parameter(name)
+                    parameter.data = parameter.data.float()
+
     def draw(self, step: int) -> bool:
         """Draws every choice whose time has come; True when what trains has changed."""
         changed = False

@@ -61,6 +61,7 @@ def rehearse(training: Training) -> dict[str, Any]:
         loop.handle.after_step()
         with torch.no_grad(), machine.precision.context(machine.device):
             loop.objective(loop.view(machine.to_device(batch)))
+        machine.reshard()
         tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e) and "allocate" not in str(e):

@@ -86,14 +86,19 @@ def tune(
         with signals(training.events.stop):
             state = training.train()
         if state.stopped and not state.stopped.startswith("early"):
-            return Run(training.delta(), folder, {}, state.stopped)
-        return _finish(training, folder)
+            result = Run(training.delta(), folder, {}, state.stopped)
+        else:
+            result = _finish(training, folder)
+        training.machine.close()
+        return result
 
 
 def _finish(training: Training, folder: Path) -> Run:
     """Seals, probes, the delta on disk, the audit and the report."""
     delta = training.delta()
     base, handle, plan = training.base, training.handle, training.plan
+    parameters = sum(t.numel() for _, t in base_tensors(base.model))
+    training.machine.unshard()  # after the state dict above, which would shard again
     delta.seals = seals_of(handle)
     if base.kind == "causal":
         delta.probes = _probes(training)
@@ -104,7 +109,7 @@ def _finish(training: Training, folder: Path) -> Run:
     found = Audit()
     if plan.audit.enabled and training.machine.world == 1:
         found = audit(base, handle, plan.audit, data=plan.data, seed=plan.train.seed)
-    report = _report(training, delta, found, folder)
+    report = _report(training, delta, found, folder, parameters)
     delta.audit = {k: report["audit"][k] for k in ("verdict",) if k in report["audit"]}
     delta.save(folder)
     write_report(folder, report)
@@ -164,9 +169,8 @@ def _changes(training: Training) -> Iterator[Change]:
             )
 
 
-def _report(training: Training, delta: Delta, found: Audit, folder: Path) -> dict[str, Any]:
+def _report(training: Training, delta: Delta, found: Audit, folder: Path, parameters: int) -> dict[str, Any]:
     base, state, record = training.base, training.loop.progress, training.record
-    parameters = sum(t.numel() for _, t in base_tensors(base.model))
     moved = delta.count()
     progress = plain(state)
     proof: dict[str, Any] = {
