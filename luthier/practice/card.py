@@ -142,6 +142,7 @@ def page(card: dict[str, Any]) -> str:
             f"({run['tokens_asked']:,} slots of packed rows, {run['threads']} threads, torch {run['torch']})."
             if run
             else "Train it again: `python -m luthier.practice.train_base --install`.",
+            *([run["note"]] if run and "note" in run else []),
             f"Measure this page again: `{card['command']}`.",
             "",
         ]

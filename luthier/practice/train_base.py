@@ -48,7 +48,7 @@ class Run:
     ``floor`` x lr over the last ``decay`` of the steps.
     """
 
-    tokens: int = 2_950_000
+    tokens: int = 4_000_000
     rows: int = 32
     length: int = 128
     lr: float = 3e-3
@@ -89,7 +89,6 @@ def new_model(size: Size, tokenizer: Any, seed: int) -> Any:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).float()
 

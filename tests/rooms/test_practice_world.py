@@ -20,7 +20,7 @@ from luthier.practice.draw import Draw
 FAMILIES = world.families()
 PINNED = {
     "arithmetic": "afa5b153ed226f74",
-    "facts": "7207699224ae48db",
+    "facts": "01e7ea6e8150275f",
     "lists": "81f69db13a80e402",
     "newcomers": "d891f78fd5367ac9",
     "refusals": "8ddf715332bc1d19",

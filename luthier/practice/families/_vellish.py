@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from luthier.practice.draw import Draw
-from luthier.practice.words import ANIMALS, invented
+from luthier.practice.words import ANIMALS, invented, listed
 
 NOUNS = [*ANIMALS, "girl", "boy", "miller", "moon", "tree", "boat"]
-ADJECTIVES = "red old small wise lost brave quiet young".split()
+ADJECTIVES = listed("red old small wise lost brave quiet young")
 VERBS = {"sees": "see", "finds": "find", "calls": "call", "follows": "follow", "helps": "help", "hears": "hear"}
 ALONE = {"sleeps": "sleep", "sings": "sing", "waits": "wait", "dreams": "dream"}
 COUNTS = {"two": 2, "three": 3}

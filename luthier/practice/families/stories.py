@@ -6,7 +6,7 @@ import re
 
 from luthier.practice.contract import Item, Verdict, right, words, wrong
 from luthier.practice.draw import Draw
-from luthier.practice.words import ANIMALS, FIRST, OBJECTS
+from luthier.practice.words import ANIMALS, FIRST, OBJECTS, listed
 
 ABOUT = "a story of four sentences about a named person, an animal and a thing, with a happy or a sad end"
 TAUGHT = True
@@ -17,13 +17,13 @@ OPENINGS = [
     "{who} was walking to the {place}.",
     "Once {who} slept beside the {place}.",
 ]
-SETTINGS = "river forest mill harbour hill market bridge garden".split()
+SETTINGS = listed("river forest mill harbour hill market bridge garden")
 TROUBLES = [
     "There the {thing} was lost in the {trap}.",
     "The wind blew the {thing} into the {trap}.",
     "The {thing} fell down into the {trap}.",
 ]
-TRAPS = "reeds snow well grass fog mud".split()
+TRAPS = listed("reeds snow well grass fog mud")
 MEETINGS = [
     "A {animal} had seen it all and began to dig.",
     "A {animal} came by and offered to look.",
