@@ -79,7 +79,8 @@ class Pruner:
         self.shape: torch.Size | None = None
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        index, x = self.selector.index, args[0] if args else None
+        # A second input (BLOOM hands its feed-forward the residual) would stay whole: such a module is left alone.
+        index, x = self.selector.index, args[0] if len(args) == 1 else None
         if index is None or x is None or x.dim() != 3 or self.selector.full_length != x.shape[0] * x.shape[1]:
             self.shape = None
             return None

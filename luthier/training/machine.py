@@ -188,7 +188,7 @@ def make_accelerator(fsdp: bool, device: torch.device, report_to: list[str], out
     if accelerator.num_processes != world:
         raise LuthierError(
             f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}: "
-            "start with 'accelerate launch --num_processes N' (on CPUs also --cpu --num_machines 1 --mixed_precision no)"
+            "start with 'accelerate launch --num_processes N', on CPUs with 'torchrun --standalone --nproc_per_node N'"
         )
     if fsdp and world > 1:
         plugin = FullyShardedDataParallelPlugin(

@@ -141,7 +141,13 @@ def _packing(training: Training, rows: list[Any]) -> dict[str, Any]:
         return training.loop.view(training.machine.to_device(batch)).logprobs
 
     with torch.no_grad(), training.machine.precision.context(training.machine.device):
-        packed = logprobs(_batch(training, [rows], packed=True))
+        try:
+            packed = logprobs(_batch(training, [rows], packed=True))
+        except (RuntimeError, ValueError, TypeError, IndexError) as e:
+            raise LuthierError(
+                f"this base's forward does not take the mask of packed records ({str(e).splitlines()[0][:120]}): "
+                "set data.packing: false"
+            ) from e
         alone = torch.cat([logprobs(_batch(training, [[row]])) for row in rows])
     return _verdict("packed and unpacked records", packed, alone, training)
 

@@ -35,7 +35,7 @@ class World:
 
     @property
     def records(self) -> Path:
-        """64 sums of one-digit numbers, in rows of 7 to 16 tokens."""
+        """64 sums of one-digit numbers, in rows of unequal length, the longest of 19 tokens."""
         path = self.folder / "records.jsonl"
         if not path.exists():
             write_records(path, 64)

@@ -1,0 +1,93 @@
+"""The table of docs/precision.md, read off running models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.training.run import Training, build
+from tests.runs.support import World, run
+
+F, B = torch.float32, torch.bfloat16
+LORA = {"form": "lora", "rank": 2}
+FULL = {"choice": "full"}
+HFT = {"choice": "hft"}
+ENTRIES = {"choice": "random-entries", "fraction": 0.05}
+# delta, precision -> frozen base, what trains, gradients, moments, output of a linear layer, is autocast on
+TABLE: list[tuple[Any, str, tuple[Any, ...]]] = [
+    (LORA, "fp32", (F, F, F, F, F, False)),
+    (FULL, "fp32", (None, F, F, F, F, False)),
+    (HFT, "fp32", (F, F, F, F, F, False)),
+    (ENTRIES, "fp32", (F, F, F, F, F, False)),
+    (LORA, "bf16", (B, F, F, F, B, False)),
+    (FULL, "bf16", (None, F, F, F, B, True)),
+    (HFT, "bf16", (B, F, F, F, B, True)),
+    (ENTRIES, "bf16", (B, F, F, F, B, True)),
+    ([LORA, {"choice": "norm"}], "bf16", (B, F, F, F, B, True)),
+]
+
+
+def observed(training: Training) -> dict[str, Any]:
+    """Types met in two steps of training."""
+    seen: dict[str, Any] = {"outputs": set(), "autocast": set(), "gradients": set()}
+    module = training.base.model.get_submodule("model.layers.0.mlp.gate_proj")
+
+    def look(_: Any, args: Any, out: Any) -> None:
+        seen["outputs"].add(out.dtype)
+        seen["autocast"].add(torch.is_autocast_enabled("cpu"))
+
+    module.register_forward_hook(look)
+    optimiser = training.loop.optimiser.torch
+    optimiser.register_step_pre_hook(
+        lambda o, *_: seen["gradients"].update(p.grad.dtype for g in o.param_groups for p in g["params"])
+    )
+    training.train()
+    moving = {id(p) for p in training.loop.optimiser.names.values()}
+    edited = {id(e.parameter) for t in training.handle.edits.values() for e in t.values()}
+    base = [p for n, p in training.base.model.named_parameters() if ".luthier." not in n]
+    seen["frozen"] = {p.dtype for p in base if id(p) not in moving | edited}
+    seen["trained"] = {p.dtype for p in training.loop.optimiser.names.values()} | {
+        p.dtype for p in base if id(p) in edited
+    }
+    seen["moments"] = {v.dtype for k, v in training.loop.optimiser.state().items() if not k.endswith("//step")}
+    return seen
+
+
+@pytest.mark.parametrize(("delta", "precision", "types"), TABLE)
+def test_types_are_as_the_table_says(
+    delta: Any, precision: str, types: tuple[Any, ...], world: World, tmp_path: Path
+) -> None:
+    plan = world.plan(delta, train={"steps": 2, "precision": precision}, checkpoint={"every": 0})
+    seen = observed(build(plan, tmp_path, progress=False))
+    frozen, trained, gradients, moments, outputs, autocast = types
+    assert seen["frozen"] == ({frozen} if frozen else set())
+    assert seen["trained"] == {trained}
+    assert seen["gradients"] == {gradients}
+    assert seen["moments"] == {moments}
+    assert seen["outputs"] == {outputs}
+    assert seen["autocast"] == {autocast}
+
+
+@pytest.mark.parametrize("delta", [LORA, FULL, ENTRIES], ids=["lora", "full", "entries"])
+def test_bf16_follows_fp32(delta: Any, world: World, tmp_path: Path) -> None:
+    """Within the rounding of bfloat16: losses are summed in float32."""
+    losses = [
+        run(world.plan(delta, train={"precision": p}, checkpoint={"every": 0}), tmp_path / p).losses
+        for p in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def test_small_updates_are_not_rounded_away(world: World, tmp_path: Path) -> None:
+    """Weights moved in bfloat16 would stand still at this rate; float32 masters do not."""
+    plan = world.plan(FULL, train={"lr": 1e-5, "steps": 3, "precision": "bf16"}, checkpoint={"every": 0})
+    training = build(plan, tmp_path, progress=False)
+    training.train()
+    edit = next(e for k, e in training.handle.edits["full"].items() if "q_proj" in k)
+    moved = edit.parameter.detach() != edit.original
+    assert float(moved.float().mean()) > 0.9
+    assert bool((edit.parameter.detach().bfloat16() == edit.original.bfloat16()).float().mean() > 0.9)
