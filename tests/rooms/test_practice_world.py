@@ -26,7 +26,7 @@ PINNED = {
     "refusals": "8ddf715332bc1d19",
     "sorting": "6da12777d100159b",
     "stories": "2acb7041e4e4b0e8",
-    "tools": "97ef2bcdd16fc5e4",
+    "tools": "e23b8385b8f9c167",
     "tracking": "de321e40d245d40c",
     "translate": "a9f304ef19bf6fed",
 }

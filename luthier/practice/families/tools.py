@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from luthier.practice.contract import Item, Verdict, right, wrong
@@ -15,17 +16,15 @@ TAUGHT = False
 SYSTEM = "Call a tool: timer(minutes), weather(town), find(thing), buy(item, count), send(to, thing), play(who, music)"
 
 
-def _arguments(draw: Draw) -> dict[str, dict[str, Any]]:
-    """A drawn value for every argument of every tool."""
-    return {
-        "timer": {"minutes": draw.between(1, 60)},
-        "weather": {"town": draw.pick(TOWNS)},
-        "find": {"thing": draw.pick(OBJECTS)},
-        "buy": {"item": draw.pick(FRUITS), "count": draw.between(2, 40)},
-        "send": {"to": draw.pick(FIRST), "thing": draw.pick(OBJECTS)},
-        "play": {"who": draw.pick(FIRST), "music": draw.pick(INSTRUMENTS)},
-    }
-
+ARGUMENTS: dict[str, Callable[[Draw], dict[str, Any]]] = {
+    "timer": lambda draw: {"minutes": draw.between(1, 60)},
+    "weather": lambda draw: {"town": draw.pick(TOWNS)},
+    "find": lambda draw: {"thing": draw.pick(OBJECTS)},
+    "buy": lambda draw: {"item": draw.pick(FRUITS), "count": draw.between(2, 40)},
+    "send": lambda draw: {"to": draw.pick(FIRST), "thing": draw.pick(OBJECTS)},
+    "play": lambda draw: {"who": draw.pick(FIRST), "music": draw.pick(INSTRUMENTS)},
+}
+"""A drawn value for every argument of every tool."""
 
 ASKED = {
     "timer": ["Ring the bell in {minutes} minutes.", "Wake me after {minutes} minutes."],
@@ -49,8 +48,8 @@ BY_LEVEL = {1: ("find", "weather", "timer"), 2: ("buy", "send"), 3: ("play", "se
 def make(draw: Draw, level: int, shifted: bool) -> Item:
     """Level 1: one argument. 2: two. 3: any, and a courtesy before the request. Shifted: reworded, and at level 3 two
     requests, to be answered by a list of two calls."""
-    values = _arguments(draw)
     names = draw.some(BY_LEVEL[level], 2 if shifted and level == 3 else 1)
+    values = {name: ARGUMENTS[name](draw) for name in names}
     ways = [REWORDED[n] if shifted else draw.pick(ASKED[n]) for n in names]
     asked = " ".join(way.format(**values[n]) for n, way in zip(names, ways, strict=True))
     prompt = f"{draw.pick(('Good day.', 'If you can:', 'When you have time:'))} {asked}" if level == 3 else asked
