@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -188,9 +188,9 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
     held = [model, [e.original for t in handle.edits.values() for e in t.values()], numbers, list(inputs.values())]
     try:
         traced = predict_peak(step, held, mode)
-    except DynamicOutputShapeException as e:
+    except (DynamicOutputShapeException, DataDependentOutputException) as e:
         raise LuthierError(
-            f"memory cannot be predicted: an operation's shape depends on values ({e}); run without --dry-run"
+            f"memory cannot be predicted: an operation looks at values ({e}); run without --dry-run"
         ) from e
     moving, sites = _moving(pieces)
     kept = traced.after - traced.held + sum(p.numel() * p.element_size() for p in numbers)
@@ -218,6 +218,8 @@ def _faked(batch: Batch, base: Base, mode: FakeTensorMode, device: torch.device)
             return torch.empty(value.shape, dtype=value.dtype, device=device)
 
     inputs = {k: fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if "segments" not in batch:  # counted from 0 without being told; told, their values would be looked at
+        inputs.pop("position_ids", None)
     return inputs, None if found is None else tuple(fake(v) for v in found)
 
 
