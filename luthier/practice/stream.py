@@ -16,6 +16,9 @@ SEED = 1
 """The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
 SHARES = {"facts": 6, "arithmetic": 4, "lists": 4, "tracking": 3, "refusals": 3, "stories": 2}
 """How often a taught family is drawn; 1 where it is not named."""
+LATER = {"tracking": 6, "refusals": 6, "arithmetic": 4, "lists": 4}
+"""The same after the first ``SWITCH`` records: facts are then known, tracking and copying need more practice."""
+SWITCH = 73_000
 SYSTEM = ("Answer in few words.", "You are a friendly miller.", "Help as well as you can.")
 PROMPT_WEIGHT = 0.1
 """Loss weight of what users say, beside 1 for what the assistant says."""
@@ -44,21 +47,21 @@ class Stream:
         self.assistant, self.end = (self.core.token_to_id(t) for t in ("<|assistant|>", END))
         self.pad = tokenizer.pad_token_id
         self.rows, self.length, self.seed = rows, length, seed
-        self.wheel = [name for name in taught() for _ in range(SHARES.get(name, 1))]
+        self.wheels = [[name for name in taught() for _ in range(s.get(name, 1))] for s in (SHARES, LATER)]
         self.mix = Draw(f"luthier/base/{seed}")
-        counts = dict.fromkeys(self.wheel, 0)
-        for _ in range(drawn):
-            counts[self._next()[0]] += 1
+        counts = dict.fromkeys(taught(), 0)
+        for i in range(drawn):
+            counts[self._next(i)[0]] += 1
         self.sources = {name: records(name, "train", seed=seed, start=n) for name, n in counts.items()}
         self.drawn, self.tokens = drawn, tokens
 
-    def _next(self) -> tuple[str, bool, str]:
-        """The next record's family, whether it goes on in the conversation before it, and its system message."""
-        name, joins, system = self.mix.pick(self.wheel), self.mix.real() < 0.1, self.mix.real()
+    def _next(self, i: int) -> tuple[str, bool, str]:
+        """Record i's family, whether it goes on in the conversation before it, and its system message."""
+        name, joins, system = self.mix.pick(self.wheels[i >= SWITCH]), self.mix.real() < 0.1, self.mix.real()
         return name, joins, self.mix.pick(SYSTEM) if system < 0.05 else ""
 
     def _draw(self) -> tuple[str, bool]:
-        name, joins, system = self._next()
+        name, joins, system = self._next(self.drawn)
         self.drawn += 1
         turns = next(self.sources[name])["messages"]
         text = "".join(f"<|{turn['role']}|>{turn['content']}{END}" for turn in turns)
