@@ -36,7 +36,11 @@ def speed_up(model: nn.Module, roles: Roles) -> dict[str, int]:
 
 
 def _norm(module: nn.Module, eps: float) -> Callable[..., Tensor]:
+    own = module.forward
+
     def forward(hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != module.weight.dtype:  # a gain that trains in float32 on bfloat16 activations
+            return own(hidden_states)
         return rms_norm(hidden_states, module.weight, eps)  # pyright: ignore[reportArgumentType]
 
     return forward

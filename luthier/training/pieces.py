@@ -130,6 +130,7 @@ class Pieces:
             raise LuthierError(
                 f"choice '{chosen.name}' chose nothing: nothing would be trained; state other sites or a larger budget"
             )
+        selection = self._beside_new(selection)
         table = self.handle.edits.get(chosen.name, {})
         for name, edit in list(table.items()):
             if name not in selection:
@@ -139,6 +140,13 @@ class Pieces:
         self.handle.move(chosen.name, selection)
         chosen.ever |= set(selection)
         chosen.drawn_at = step
+
+    def _beside_new(self, selection: Selection) -> Selection:
+        """What a choice takes where new numbers train anyway: a fresh head stays theirs, whole embeddings become its own."""
+        new = self.handle.edits.get("new", {})
+        for name in [n for n in new if n in selection and selection[n] is None and new[n].values is not None]:
+            new.pop(name).restore()
+        return {n: i for n, i in selection.items() if n not in new or new[n].values is not None}
 
     def _context(self, chosen: Chosen, step: int) -> ChoiceContext:
         return ChoiceContext(
@@ -162,7 +170,7 @@ class Pieces:
     def load_state(self, state: dict[str, Any], selections: dict[str, Selection]) -> None:
         """Puts choices where a checkpoint had them."""
         for chosen in self.chosen:
-            own, moved = state[chosen.name], selections.get(chosen.name, {})
+            own, moved = state[chosen.name], self._beside_new(selections.get(chosen.name, {}))
             self.handle.move(chosen.name, moved)
             for key, edit in self.handle.edits[chosen.name].items():
                 edit.train(key in own["now"])

@@ -16,13 +16,15 @@ class Bar:
 
     def __init__(self, steps: int, done: int, tokens: int) -> None:
         self.recent: deque[tuple[float, int]] = deque(maxlen=20)
+        console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("tune"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} GB"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("tune", total=steps, completed=done, loss="–", speed="–", memory="–")
         self.progress.start()

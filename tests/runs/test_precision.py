@@ -84,7 +84,7 @@ def test_bf16_follows_fp32(delta: Any, world: World, tmp_path: Path) -> None:
 
 def test_small_updates_are_not_rounded_away(world: World, tmp_path: Path) -> None:
     """Weights moved in bfloat16 would stand still at this rate; float32 masters do not."""
-    plan = world.plan(FULL, train={"lr": 1e-5, "steps": 3, "precision": "bf16"}, checkpoint={"every": 0})
+    plan = world.plan(FULL, train={"lr": 1e-6, "steps": 3, "precision": "bf16"}, checkpoint={"every": 0})
     training = build(plan, tmp_path, progress=False)
     training.train()
     edit = next(e for k, e in training.handle.edits["full"].items() if "q_proj" in k)
