@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,8 @@ class Attached:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.ctx, self.enabled = model, Context(), True
+        self.kept: frozenset[str] = frozenset()
+        """Pieces that stay on while the handle is off."""
         self.pieces: dict[str, Piece] = {}
         self.points: dict[str, Point] = {}
         self.placed: dict[str, list[Placed]] = {}
@@ -168,13 +170,28 @@ class Attached:
         for name, index in selection.items():
             if name not in table:
                 table[name] = edits.begin(self.model, piece, name, index, dtype)
-            elif index is not None:
-                table[name].reindex(index)
+            else:
+                if dtype is not None:
+                    table[name].hold_in(dtype)
+                if index is not None:
+                    table[name].reindex(index)
             if table[name].values is not None:
                 holder = numbers_of(table[name].module).piece(piece)
                 holder._parameters[f"{table[name].name}_values"] = table[name].values
             table[name].train(True)
         return [table[name] for name in selection]
+
+    def adopt(self, piece: str, found: Iterable[Piece]) -> None:
+        """Lets exact pieces of an earlier delta go on as `piece`: their values are where its training starts."""
+        table: dict[str, edits.Edit] = {}
+        for old in found:
+            old.name = f"{piece}-start"
+            self.add(old)
+            self.pieces.pop(old.name), self.placed.pop(old.name)
+            table |= self.edits.pop(old.name)
+        for edit in table.values():
+            edit.piece = piece
+        self.edits[piece] = table
 
     def after_step(self) -> None:
         """To be called after every optimiser step: entries that moved are written into their parameters."""
@@ -184,11 +201,19 @@ class Attached:
 
     # -- switching, folding, taking off
 
+    def on(self, piece: str) -> bool:
+        """Whether a piece works in a forward pass now."""
+        return self.enabled or piece in self.kept
+
     @contextmanager
-    def off(self) -> Iterator[nn.Module]:
-        """The base itself, in place: hooks silent, moved parameters at the base's values; afterwards all is as it was."""
-        was, self.enabled = self.enabled, False
-        moved = [e for t in self.edits.values() for e in t.values()] if was else []
+    def off(self, keep: Collection[str] = ()) -> Iterator[nn.Module]:
+        """The base itself, in place: hooks silent, moved parameters at the base's values; afterwards all is as it was.
+
+        The pieces named in `keep` stay on: the base as a run on top of them met it.
+        """
+        was, held, self.enabled = self.enabled, self.kept, False
+        self.kept = frozenset(keep) if was else held & frozenset(keep)
+        moved = [e for name, t in self.edits.items() if name not in keep for e in t.values()] if was else []
         for edit in reversed(moved):
             edit.swap()
         try:
@@ -196,7 +221,7 @@ class Attached:
         finally:
             for edit in moved:
                 edit.swap()
-            self.enabled = was
+            self.enabled, self.kept = was, held
 
     @torch.no_grad()
     def fold(self) -> FoldReport:

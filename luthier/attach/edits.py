@@ -69,13 +69,16 @@ class Edit:
     @torch.no_grad()
     def reindex(self, index: Tensor) -> None:
         """Entries: others train from now on; those that moved so far keep their values."""
-        if (
-            self.values is not None
-            and self.index is not None
-            and not torch.equal(index.to(self.index.device), self.index)
-        ):
-            self.index, self.redrawn = index.to(self.index.device), True
+        index = index.to(self.parameter.device)
+        if self.index is None or not torch.equal(index, self.index):
+            self.index, self.redrawn = index, True
             self.values = nn.Parameter(self.parameter.detach().view(-1)[self.index].clone())
+
+    @torch.no_grad()
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Holds the parameter and its original in this type from now on."""
+        if self.parameter.dtype != dtype:
+            self.parameter.data, self.original = self.parameter.data.to(dtype), self.original.to(dtype)
 
     def _gather(self, parameter: Tensor) -> None:
         assert self.values is not None and self.index is not None and parameter.grad is not None

@@ -54,15 +54,18 @@ class Point:
         self.chain = [q for q in self.placed if q.form.at in ("output", "hidden")]
         self.inputs = [q for q in self.placed if type(q.form).before is not Form.before]
 
+    def _on(self, placed: list[Placed]) -> list[Placed]:
+        return placed if self.switch.enabled else [q for q in placed if q.piece in self.switch.kept]
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.switch.enabled:
+        if not self.switch.enabled and not self.switch.kept:
             return None
         if self.swaps:
             self._swap_in()
         if self.inputs:
             key = "" if args else next(iter(kwargs))
             x = args[0] if args else kwargs[key]
-            for q in self.inputs:
+            for q in self._on(self.inputs):
                 changed = q.form.before(x, q.state)
                 x = changed if q.scale == 1 else x + (changed - x) * q.scale
             return ((x, *args[1:]), kwargs) if args else (args, kwargs | {key: x})
@@ -71,21 +74,22 @@ class Point:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if self._swapped:
             self._swap_out()
-        if not self.switch.enabled or not (self.adds or self.chain) or out is None:
+        off = not self.switch.enabled and not self.switch.kept
+        if off or not (self.adds or self.chain) or out is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         y = out[0] if isinstance(out, tuple) else out
         total: Tensor = y
-        for q in self.adds:
+        for q in self._on(self.adds):
             total = q.form.onto(total, x, y, q.scale, q.state)
-        for q in self.chain:
+        for q in self._on(self.chain):
             total = q.form.onto(total, x, total, q.scale, q.state)
         return (total, *out[1:]) if isinstance(out, tuple) else total
 
     def _swap_in(self) -> None:
         # The changed tensor takes the parameter's slot while forward runs; names and the parameter itself stay as they are.
         slots = self.module._parameters
-        for q in self.swaps:
+        for q in self._on(self.swaps):
             change = q.form.delta(q.state)
             for part, value in change.items():  # pyright: ignore[reportAttributeAccessIssue]
                 name = q.state.site.parameter if part == "weight" else part

@@ -89,7 +89,7 @@ def _wrapped(name: str) -> Callable[..., Any]:
             inner = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
         else:
             inner = ALL_ATTENTION_FUNCTIONS[name]
-        pairs = [q.form.extra(q.state) for h, q in module.__dict__.get(HELD, ()) if h.enabled]
+        pairs = [q.form.extra(q.state) for h, q in module.__dict__.get(HELD, ()) if h.on(q.piece)]
         if pairs:
             if kwargs.get("position_bias") is not None:
                 raise LuthierError(
@@ -126,7 +126,7 @@ def _shift(handle: Any, placed: Any) -> list[Any]:
     length = placed.form.length
 
     def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not handle.enabled:
+        if not handle.on(placed.piece):
             return None
         if "position_ids" in kwargs:
             return args, kwargs | {"position_ids": kwargs["position_ids"] + length}

@@ -35,13 +35,14 @@ class Prompts:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Extends what goes in."""
         self.cut = 0
-        if not self.handle.enabled:
+        placed = [q for q in self.placed if self.handle.on(q.piece)]
+        if not placed:
             return None
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         self._refuse_packing(kwargs)
         ids, embeds, cache = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         embeds = module.get_input_embeddings()(ids) if embeds is None else embeds  # pyright: ignore
-        prompt = torch.cat([q.form.extra(q.state) for q in self.placed]).to(embeds)
+        prompt = torch.cat([q.form.extra(q.state) for q in placed]).to(embeds)
         batch, n = embeds.shape[0], prompt.shape[0]
         begun = cache is not None and cache.get_seq_length() > 0
         if begun and getattr(cache, MARK, None) != n:

@@ -48,18 +48,18 @@ class Events:
             self.bar = Bar(loop.steps, loop.progress.step, loop.progress.tokens)
         self.tell("begin", loop)
 
-    def close(self, loop: Loop) -> None:
-        """The last evaluation, the best delta if asked for, trackers and bar closed."""
+    def finish(self, loop: Loop) -> None:
+        """The last evaluation, and the best delta if asked for."""
         state = loop.progress
-        if (
-            self.data.eval is not None
-            and state.stopped is None
-            and (not state.evals or state.evals[-1]["step"] != state.step)
-        ):
+        evaluated = bool(state.evals) and state.evals[-1]["step"] == state.step
+        if self.data.eval is not None and state.stopped is None and not evaluated:
             self._evaluate(loop)
         if self.plan.train.keep_best and self.best_tensors is not None:
             checkpoint.put_back(loop.handle, self.best_tensors, earlier=True)
         self.tell("end", loop)
+
+    def close(self, loop: Loop) -> None:
+        """Bar and trackers, however the run ended."""
         if self.bar:
             self.bar.close()
         for tracker in loop.machine.accelerator.trackers:

@@ -47,7 +47,7 @@ class Machine:
     @property
     def compute(self) -> torch.dtype:
         """Type of the activations."""
-        return getattr(torch, self.precision.base)
+        return self.precision.compute
 
     @property
     def world(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from luthier.attach import Attached
 from luthier.attach.sites import parameter_items, sites_for
+from luthier.bases.fingerprint import compare
 from luthier.bases.load import Base
 from luthier.choices.engine import ChoiceContext
 from luthier.delta import CHOICES, FORMS, Site
-from luthier.delta.artefact import Delta
+from luthier.delta.artefact import Delta, Piece
 from luthier.errors import LuthierError
 from luthier.plan.schema import DeltaSpec
 from luthier.training.groups import Rates
@@ -40,12 +41,16 @@ class Pieces:
     handle: Attached
     base: Base
     seed: int
+    parents: frozenset[str] = frozenset()
+    """Frozen pieces of earlier deltas that this run stands on."""
     chosen: list[Chosen] = field(default_factory=list)
     rates: dict[str, Rates] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
     """Every base parameter by name."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the first window, for choices that score by them."""
+    """Of the coming micro-batches, for choices that score by them; kept for the draw only."""
+    score: Callable[[], None] | None = None
+    """Fills `gradients`; supplied by the run, which has the data."""
 
     def attach(self, specs: Iterable[DeltaSpec]) -> None:
         """Builds the forms and makes the first draw of the choices; names are made unique."""
@@ -67,16 +72,29 @@ class Pieces:
     def _form(self, name: str, spec: DeltaSpec) -> None:
         form = FORMS.make(spec.form or "", spec.settings)
         if spec.start_from:
-            piece = _piece_of(spec.start_from, spec.name or spec.form or "")
-            if type(piece.form) is not type(form):
-                raise LuthierError(
-                    f"delta '{name}' is a {spec.form}, but start_from {spec.start_from} holds {type(piece.form).__name__}"
-                )
+            piece = self._start(spec, name)
             piece.name = name
         else:
             sites = sites_for(self.base.roles, form, spec.sites, spec.except_, spec.layers)
             piece = self.handle.build(name, form, sites, self.seed)
         self.handle.add(piece, train=True)
+
+    def _start(self, spec: DeltaSpec, name: str) -> Piece:
+        """The piece of an earlier delta that a form goes on with; whatever the plan states must be what it is."""
+        parent = Delta.load(spec.start_from or "")
+        same_base(parent, self.base)
+        piece = _piece_of(parent, spec)
+        if FORMS.name_of(type(piece.form)) != spec.form:
+            raise LuthierError(
+                f"delta '{name}' is a {spec.form}, but start_from {spec.start_from} holds {FORMS.name_of(type(piece.form))}"
+            )
+        other = [k for k in spec.settings if getattr(FORMS.make(spec.form, spec.settings), k) != getattr(piece.form, k)]
+        other += [k for k, v in (("sites", spec.sites), ("except", spec.except_), ("layers", spec.layers)) if v]
+        if other:
+            raise LuthierError(
+                f"delta '{name}' goes on from {spec.start_from}, which fixes its {other[0]}: leave that out, or start anew without start_from"
+            )
+        return piece
 
     def _choice(self, name: str, spec: DeltaSpec) -> None:
         choice = CHOICES.make(spec.choice or "", spec.settings)
@@ -88,7 +106,14 @@ class Pieces:
         chosen = Chosen(name, choice, items)
         self.chosen.append(chosen)
         if spec.start_from:
-            self.handle.add(_piece_of(spec.start_from, name))
+            parent = Delta.load(spec.start_from)
+            same_base(parent, self.base)
+            exact = [p for p in parent.pieces if p.form.at == "base"]
+            if not exact:
+                raise LuthierError(
+                    f"delta '{name}': {spec.start_from} holds no moved parameters for a choice to go on with"
+                )
+            self.handle.adopt(name, exact)
 
     def _new_numbers(self) -> None:
         """Parts the checkpoint lacks (a fresh head, rows of new tokens) train with whatever else does."""
@@ -104,25 +129,29 @@ class Pieces:
 
     @property
     def needs_gradients(self) -> bool:
-        return any(getattr(c.choice, "needs_grad", False) for c in self.chosen)
+        return any(c.choice.needs_grad for c in self.chosen)
 
     def hold_as_trained(self) -> None:
         """Float32 for all that a later redraw may let train: sharded parameters cannot change their type."""
         for chosen in self.chosen:
-            if getattr(chosen.choice, "every", 0):
+            if chosen.choice.every:
                 for name in chosen.items:
                     parameter = self.base.model.get_parameter(name)
                     parameter.data = parameter.data.float()
 
     def draw(self, step: int) -> bool:
         """Draws every choice whose time has come; True when what trains has changed."""
-        changed = False
-        for chosen in self.chosen:
-            every = getattr(chosen.choice, "every", 0)
-            if not chosen.ever or (every and step % every == 0 and step != chosen.drawn_at):
-                self.select(chosen, chosen.choice.select(chosen.items, self._context(chosen, step)), step)
-                changed = True
-        return changed
+        due = [
+            c
+            for c in self.chosen
+            if not c.ever or (c.choice.every and step % c.choice.every == 0 and step != c.drawn_at)
+        ]
+        if self.score is not None and any(c.choice.needs_grad for c in due):
+            self.score()
+        for chosen in due:
+            self.select(chosen, chosen.choice.select(chosen.items, self._context(chosen, step)), step)
+        self.gradients.clear()
+        return bool(due)
 
     def select(self, chosen: Chosen, selection: Selection, step: int) -> None:
         """Lets exactly `selection` of a choice train; the rest of what it moved stays or returns to the base."""
@@ -135,7 +164,7 @@ class Pieces:
         for name, edit in list(table.items()):
             if name not in selection:
                 edit.train(False)
-                if getattr(chosen.choice, "released", "stay") == "return":
+                if chosen.choice.released == "return":
                     edit.restore()
         self.handle.move(chosen.name, selection)
         chosen.ever |= set(selection)
@@ -177,16 +206,25 @@ class Pieces:
             chosen.ever, chosen.drawn_at = set(own["ever"]), own["drawn_at"]
 
 
-def _piece_of(folder: str, name: str) -> Any:
-    delta = Delta.load(folder)
-    found = {p.name: p for p in delta.pieces}
-    if name in found:
-        return found[name]
+def _piece_of(parent: Delta, spec: DeltaSpec) -> Piece:
+    found = {p.name: p for p in parent.pieces}
+    wanted = spec.name or spec.form or ""
+    if wanted in found:
+        return found[wanted]
     if len(found) == 1:
-        return delta.pieces[0]
+        return parent.pieces[0]
     raise LuthierError(
-        f"start_from {folder} has no piece '{name}'; it has {', '.join(found)}: name this delta like one of them"
+        f"start_from {spec.start_from} has no piece '{wanted}'; it has {', '.join(found)}: name this delta like one of them"
     )
+
+
+def same_base(delta: Delta, base: Base) -> None:
+    """A delta that says it was made on another base is an error that shows both fingerprints."""
+    stated = delta.base.get("fingerprint")
+    if stated and base.fingerprint and compare(stated, base.fingerprint) == "different":
+        raise LuthierError(
+            f"the delta was made on base {stated} ({delta.base.get('name')}), this is {base.fingerprint} ({base.name}): load the right base"
+        )
 
 
 def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
@@ -194,9 +232,12 @@ def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
 
     `micro(batch)` gives the loss of a batch. Gradients are taken off each parameter as soon as they are complete.
     """
-    wanted = {name for c in pieces.chosen if getattr(c.choice, "needs_grad", False) for name in c.items}
+    wanted = {name for c in pieces.chosen if c.choice.needs_grad for name in c.items}
     hooks = []
     model = pieces.base.model
+    paused = [e for t in pieces.handle.edits.values() for e in t.values() if e.trained.requires_grad]
+    for edit in paused:  # their own hooks would take the gradients away
+        edit.train(False)
 
     def gather(name: str) -> Any:
         def hook(parameter: Tensor) -> None:
@@ -216,4 +257,6 @@ def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
     for parameter, hook in hooks:
         hook.remove()
         parameter.requires_grad_(False)
+    for edit in paused:
+        edit.train(True)
     model.zero_grad(set_to_none=True)  # forms that already train collected gradients too

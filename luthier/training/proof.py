@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.bases.fingerprint import compare
 from luthier.bases.hardware import peak_memory
-from luthier.bases.load import Base
 from luthier.data.collate import Collate
-from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.training import checkpoint
 from luthier.training.feed import ready
@@ -25,15 +22,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 """Largest relative difference of gradients that rounding explains, by the type of the arithmetic."""
-
-
-def same_base(delta: Delta, base: Base) -> None:
-    """A delta that says it was made on another base is an error that shows both fingerprints."""
-    stated = delta.base.get("fingerprint")
-    if stated and base.fingerprint and compare(stated, base.fingerprint) == "different":
-        raise LuthierError(
-            f"the delta was made on base {stated} ({delta.base.get('name')}), this is {base.fingerprint} ({base.name}): load the right base"
-        )
 
 
 def longest_batch(training: Training) -> Batch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from luthier.attach import Attached, attached
+from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer, full_fingerprint
 from luthier.bases.hardware import choose_device, has_bf16, peak_memory, reset_peak, set_malloc
 from luthier.bases.load import Base, load_base
 from luthier.data.prepare import prepare
@@ -27,8 +28,8 @@ from luthier.training.feed import Feed
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
 from luthier.training.machine import Machine, make_accelerator
-from luthier.training.pieces import Pieces, score_gradients
-from luthier.training.precision import choose_precision
+from luthier.training.pieces import Pieces, same_base, score_gradients
+from luthier.training.precision import precision_of
 from luthier.training.view import HeadSelector, View
 
 OBJECTIVE_OF = {("sft", "classify"): "classification"}
@@ -56,9 +57,12 @@ class Training:
     def train(self) -> Progress:
         """Trains, then leaves the model with the deltas it ends with."""
         self.base.model.train()
-        progress = train(self.loop)
-        self.base.model.eval()
-        self.events.close(self.loop)
+        try:
+            progress = train(self.loop)
+            self.base.model.eval()
+            self.events.finish(self.loop)
+        finally:
+            self.events.close(self.loop)
         self.record["peak_memory"] = peak_memory(self.machine.device)
         return progress
 
@@ -70,11 +74,12 @@ class Training:
             "name": base.name,
             "kind": base.kind,
             "fingerprint": base.fingerprint,
-            "tokenizer": self.data.ledger.fingerprints.get("tokenizer"),
-            "template": self.data.ledger.fingerprints.get("template"),
+            "full_fingerprint": self.record.get("full_fingerprint"),
+            "tokenizer": fingerprint_tokenizer(base.tokenizer),
+            "template": fingerprint_template(self.data.template or base.tokenizer),
             "new_tokens": spec.new_tokens,
             "labels": spec.labels,
-            "dtype": self.machine.precision.base,
+            "dtype": str(base.dtype)[6:],
             "seed": self.plan.train.seed,
         }
         delta.lineage = {
@@ -83,7 +88,10 @@ class Training:
             "steps": self.loop.progress.step,
             "versions": certificate.versions(),
             "parents": list(spec.deltas),
+            "started_from": [d.start_from for d in self.plan.delta if d.start_from],
         }
+        if self.plan.data.template and self.data.template:
+            delta.files["chat_template.jinja"] = self.data.template.encode()
         return delta
 
 
@@ -115,54 +123,33 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     """Loads the base and the data, attaches the deltas, proves what can be proven, and resumes if asked."""
     torch.manual_seed(plan.train.seed)
     set_malloc()
-    device = choose_device(None)
-    accelerator = make_accelerator(plan.train.fsdp, device, plan.train.report_to, out)
+    accelerator = make_accelerator(plan.train.fsdp, choose_device(None), plan.train.report_to, out)
     device = accelerator.device
-    moves_base = any(d.choice for d in plan.delta) or bool(plan.base.new_tokens) or plan.base.kind == "classify"
-    precision = choose_precision(plan.train.precision, moves_base, has_bf16(device))
-    spec = plan.base.model_copy(update={"dtype": precision.base} if plan.base.dtype == "auto" else {})
+    precision, spec = precision_of(plan, has_bf16(device))
     base = load_base(spec, device=device, seed=plan.train.seed)
+    base.notes += [precision.note] if precision.note else []
+    whole = None if base.new_rows else full_fingerprint(base.model, base.new_parameters)
     data = prepare(plan.data, base.tokenizer, kind=base.kind, labels=plan.base.labels, seed=plan.train.seed)
-    handle = attached(base.model)
-    for k, folder in enumerate(plan.base.deltas):
-        parent = Delta.load(folder)
-        proof.same_base(parent, base)
-        for piece in parent.pieces:
-            piece.name = f"parent{k}-{piece.name}"
-            handle.add(piece)
-    pieces = Pieces(handle, base, plan.train.seed)
-    pieces.attach(plan.delta)
-    if plan.train.checkpointing:
-        _checkpoint_activations(base.model)
-    if plan.train.compile:
-        base.model.compile(dynamic=True)
-    head = base.model.get_output_embeddings() if base.kind != "classify" else None
-    selector = HeadSelector(head) if head is not None else None
-    fused: dict[str, int] = {}
-    if not plan.train.compile:
-        fused = speed_up(base.model, base.roles)
-        if selector is not None and base.kind == "causal" and not plan.train.checkpointing:
-            Pruner(base.roles, base.model, selector)
+    _check(plan, data)
+    pieces = _attach(plan, base)
+    selector, fused = _fit(plan, base)
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
     objective = OBJECTIVES.make(
         OBJECTIVE_OF.get((plan.objective.name, base.kind), plan.objective.name), plan.objective.settings
     )
 
     def view(batch: Any) -> View:
-        handle.ctx.columns, handle.ctx.segments = batch, batch.get("segments")
+        pieces.handle.ctx.columns, pieces.handle.ctx.segments = batch, batch.get("segments")
         return View(machine.model, batch, selector, base.kind)
 
-    found = checkpoint.latest(out / "checkpoints") if resume else None
-    if resume and found is None:
-        raise LuthierError(f"nothing to resume in {out / 'checkpoints'}: run without --resume, or set checkpoint.every")
-    tensors, state = checkpoint.load(found) if found else ({}, {})
-    if found:
-        certificate.same_settings(plan, state, data, machine)
+    batches = data.batches(plan.train.batch_size, machine.rank, machine.world)
+    feed = Feed(base, batches, plan.train.accumulate, machine.compute)
+    pieces.score = _scorer(plan, pieces, data, feed, machine, objective, view) if pieces.needs_gradients else None
+    tensors, state = _found(plan, out, data, machine) if resume else ({}, {})
+    if state:
         pieces.load_state(state["choices"], checkpoint.selections_in(tensors))
-        checkpoint.put_back(handle, tensors)
+        checkpoint.put_back(pieces.handle, tensors)
     else:
-        if pieces.needs_gradients:
-            _score(plan, pieces, data, machine, objective, view)
         pieces.draw(0)
     if machine.world > 1:
         if machine.sharded:
@@ -171,47 +158,90 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
             plan.train.seed + machine.rank
         )  # dropout differs between processes; draws have their own seeds
     machine.wrap()
-    optimiser = make_optimiser(handle, plan.train, pieces.rates)
-    feed = Feed(
-        base, data.batches(plan.train.batch_size, machine.rank, machine.world), plan.train.accumulate, machine.compute
-    )
-    steps = _steps(plan, data, machine.world)
+    optimiser = make_optimiser(pieces.handle, plan.train, pieces.rates)
     events = Events(plan, pieces, data, out, feed, progress)
     loop = Loop(
-        plan.train,
-        steps,
-        machine,
-        handle,
-        optimiser,
-        objective,
-        view,
-        feed.step,
-        Progress(),
-        events.on_step,
-        events.on_non_finite,
-    )
-    training = Training(plan, base, data, handle, pieces, machine, loop, out, events)
+        plan.train, steps_of(plan, data, machine.world), machine, pieces.handle, optimiser, objective, view, feed.step,
+        Progress(), events.on_step, events.on_non_finite,
+    )  # fmt: skip
+    training = Training(plan, base, data, pieces.handle, pieces, machine, loop, out, events)
     training.record |= {
         "precision": precision.report(),
-        "steps": steps,
+        "full_fingerprint": whole,
         "world": machine.world,
         "fused": fused,
         "wrapper": type(machine.model).__name__,
     }
-    training.record["known_answers"] = proof.known_answers(training) if not found else state["known_answers"]
-    reset_peak(device)
-    if plan.train.rehearse:
-        training.record["rehearsal"] = proof.rehearse(training)
-    events.known_answers = training.record["known_answers"]
-    if found:
-        optimiser.load({k.removeprefix("optimiser|"): v for k, v in tensors.items() if k.startswith("optimiser|")})
-        loop.progress = Progress(**state["progress"])
-        events.best_tensors = {k.removeprefix("best|"): v for k, v in tensors.items() if k.startswith("best|")} or None
-        feed.load_state_dict(state["data"])
-        checkpoint.set_random_states(state["random"][machine.rank])
-        training.record["resume_certificate"] = certificate.check(loop, feed, state)
+    _prove(training, tensors, state)
     events.begin(loop)
     return training
+
+
+def _check(plan: Plan, data: Any) -> None:
+    """Settings that would be ignored are errors."""
+    train = plan.train
+    wants = [k for k in ("eval_every", "early_stop", "keep_best") if getattr(train, k)]
+    if wants and data.eval is None:
+        raise LuthierError(f"train.{wants[0]} needs held-out records: state data.eval or data.holdout")
+    if (train.early_stop or train.keep_best) and not train.eval_every:
+        raise LuthierError(f"train.{wants[-1]} needs evaluations on the way: state train.eval_every")
+
+
+def _attach(plan: Plan, base: Base) -> Pieces:
+    """The base's earlier deltas, frozen, and the plan's own on top."""
+    handle = attached(base.model)
+    for k, folder in enumerate(plan.base.deltas):
+        parent = Delta.load(folder)
+        same_base(parent, base)
+        for piece in parent.pieces:
+            piece.name = f"parent{k}-{piece.name}"
+            handle.add(piece)
+    pieces = Pieces(handle, base, plan.train.seed, parents=frozenset(handle.pieces))
+    pieces.attach(plan.delta)
+    return pieces
+
+
+def _fit(plan: Plan, base: Base) -> tuple[HeadSelector | None, dict[str, int]]:
+    """Makes the base's forward pass what the plan wants: recomputed, compiled, or fused and pruned."""
+    head = base.model.get_output_embeddings() if base.kind != "classify" else None
+    selector = HeadSelector(head) if head is not None else None
+    if plan.train.checkpointing:
+        _checkpoint_activations(base.model)
+    if plan.train.compile:
+        base.model.compile(dynamic=True)
+        return selector, {}
+    fused = speed_up(base.model, base.roles)
+    if selector is not None and base.kind == "causal" and not plan.train.checkpointing:
+        Pruner(base.roles, base.model, selector)
+    return selector, fused
+
+
+def _found(plan: Plan, out: Path, data: Any, machine: Machine) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The newest checkpoint, after it has been found to be of this very run."""
+    path = checkpoint.latest(out / "checkpoints")
+    if path is None:
+        raise LuthierError(f"nothing to resume in {out / 'checkpoints'}: run without --resume, or set checkpoint.every")
+    tensors, state = checkpoint.load(path)
+    certificate.same_settings(plan, state, data, machine)
+    return tensors, state
+
+
+def _prove(training: Training, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Known answers and rehearsal before step one; then the run is put where its checkpoint had it, with a certificate."""
+    record, loop, events = training.record, training.loop, training.events
+    record["known_answers"] = state["known_answers"] if state else proof.known_answers(training)
+    events.known_answers = record["known_answers"]
+    reset_peak(training.machine.device)
+    if training.plan.train.rehearse:
+        record["rehearsal"] = proof.rehearse(training)
+    if not state:
+        return
+    loop.optimiser.load({k.removeprefix("optimiser|"): v for k, v in tensors.items() if k.startswith("optimiser|")})
+    loop.progress = Progress(**state["progress"])
+    events.best_tensors = {k.removeprefix("best|"): v for k, v in tensors.items() if k.startswith("best|")} or None
+    events.batches.load_state_dict(state["data"])
+    checkpoint.set_random_states(state["random"][training.machine.rank])
+    record["resume_certificate"] = certificate.check(loop, events.batches, state)
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -223,7 +253,7 @@ def _checkpoint_activations(model: Any) -> None:
         raise LuthierError(f"train.checkpointing: {e}: set it to false for this architecture") from e
 
 
-def _steps(plan: Plan, data: Any, world: int) -> int:
+def steps_of(plan: Plan, data: Any, world: int) -> int:
     if plan.train.steps:
         return plan.train.steps
     epoch = data.steps_per_epoch(plan.train.batch_size, plan.train.accumulate, world)
@@ -232,16 +262,28 @@ def _steps(plan: Plan, data: Any, world: int) -> int:
     return max(1, math.ceil(plan.train.epochs * epoch))
 
 
-def _score(plan: Plan, pieces: Pieces, data: Any, machine: Machine, objective: Any, view: Any) -> None:
-    batches = Feed(pieces.base, data.batches(plan.train.batch_size), 1, machine.compute)
-    device = machine.device
+def _scorer(
+    plan: Plan, pieces: Pieces, data: Any, feed: Feed, machine: Machine, objective: Any, view: Any
+) -> Callable[[], None]:
+    """Collects gradients over the coming micro-batches; the data and the random numbers then go on as if it had not."""
+    if machine.world > 1 and any(c.choice.every and c.choice.needs_grad for c in pieces.chosen):
+        raise LuthierError("a choice that scores by gradients and draws again needs one process: set its every to 0")
 
     def micro(batch: Any) -> torch.Tensor:
-        with machine.precision.context(device):
+        with machine.precision.context(machine.device):
             total, count = objective(view(machine.to_device(batch)))
         return total / count
 
-    score_gradients(pieces, (next(batches) for _ in range(SCORED)), micro)
+    def score() -> None:
+        source = (
+            feed if machine.world == 1 else Feed(pieces.base, data.batches(plan.train.batch_size), 1, machine.compute)
+        )
+        position, states = source.state_dict(), checkpoint.random_states()
+        score_gradients(pieces, (next(source) for _ in range(SCORED)), micro)
+        source.load_state_dict(position)
+        checkpoint.set_random_states(states)
+
+    return score
 
 
 def plain(progress: Progress) -> dict[str, Any]:

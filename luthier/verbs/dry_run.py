@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from luthier.bases.hardware import choose_device, has_bf16, peak_flops, resident_memory, total_memory
 from luthier.bases.load import load_base
 from luthier.data.prepare import prepare
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.training.feed import ready
-from luthier.training.precision import choose_precision
+from luthier.training.precision import precision_of
 from luthier.training.predict import predict_step
-from luthier.training.run import _steps as steps_of
+from luthier.training.run import steps_of
 
 EFFICIENCY = {"fp32": 0.5, "bf16": 0.33}
 """Share of a bare matrix product's speed that a training step reaches, measured at 29 M parameters on two cores."""
@@ -66,25 +64,22 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
     """
     plan = load_plan(plan, overrides)
     device = choose_device(None)
-    moves_base = any(d.choice for d in plan.delta) or bool(plan.base.new_tokens) or plan.base.kind == "classify"
-    precision = choose_precision(plan.train.precision, moves_base, has_bf16(device))
-    spec = plan.base.model_copy(update={"dtype": precision.base} if plan.base.dtype == "auto" else {})
+    precision, spec = precision_of(plan, has_bf16(device))
     base = load_base(spec, weights=False)
     data = prepare(plan.data, base.tokenizer, kind=base.kind, labels=plan.base.labels, seed=plan.train.seed)
     parameters = sum(p.numel() for p in {id(p): p for p in base.model.parameters()}.values())
-    compute = getattr(torch, precision.autocast or precision.base)
-    batch = ready(data.longest_batch(plan.train.batch_size), base, compute)
+    batch = ready(data.longest_batch(plan.train.batch_size), base, precision.compute)
     process = resident_memory() + RUNTIME if device.type == "cpu" else 0
     found = predict_step(plan, base, batch, precision, device)
     steps = steps_of(plan, data, int(os.environ.get("WORLD_SIZE", "1")))
     rows, length = batch["input_ids"].shape
     supervised = int((batch["weights"] > 0).sum()) if "weights" in batch else rows
     tokens = int(batch["attention_mask"].sum())
-    rate = peak_flops(device, torch.bfloat16 if precision.name == "bf16" else torch.float32)
+    rate = peak_flops(device, precision.compute)
     share = _mean_tokens(data, rows) / tokens if tokens else 1.0
     seconds = steps * plan.train.accumulate * found.step.flops * share / (rate * EFFICIENCY[precision.name])
     memory, peak = total_memory(device), process + found.step.peak
-    warnings = list(base.notes)
+    warnings = [*base.notes, *([precision.note] if precision.note else [])]
     if peak > memory:
         warnings.append(
             f"the step needs {peak / 2**30:.1f} GiB and {device} has {memory / 2**30:.1f} GiB: lower train.batch_size or "

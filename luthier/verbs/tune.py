@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.attach import Attached
 from luthier.attach.weights import module_at
 from luthier.bases.fingerprint import base_tensors
 from luthier.delta import No
@@ -44,7 +45,8 @@ class Run:
     @property
     def verdict(self) -> str:
         """What was gained and lost, in one line."""
-        return (self.report.get("audit") or {}).get("verdict", "not measured")
+        told = (self.report.get("audit") or {}).get("verdict")
+        return told["line"] if told else "not measured"
 
 
 def tune(
@@ -107,8 +109,10 @@ def _finish(training: Training, folder: Path) -> Run:
     delta.files |= _tokenizer_files(training)
     delta.save(folder)
     found = Audit()
-    if plan.audit.enabled and training.machine.world == 1:
-        found = audit(base, handle, plan.audit, data=plan.data, seed=plan.train.seed)
+    if plan.audit.enabled and not training.machine.sharded:
+        found = audit(base, _Without(handle, training.pieces.parents), plan.audit, data=plan.data, seed=plan.train.seed)
+    elif plan.audit.enabled:
+        base.notes.append("not measured: the model is sharded; run 'luthier audit' on the delta")
     report = _report(training, delta, found, folder, parameters)
     delta.audit = {k: report["audit"][k] for k in ("verdict",) if k in report["audit"]}
     delta.save(folder)
@@ -116,6 +120,17 @@ def _finish(training: Training, folder: Path) -> Run:
     if plan.push_to:
         push(folder, plan.push_to)
     return Run(delta, folder, report, training.loop.progress.stopped)
+
+
+@dataclass
+class _Without:
+    """Switches off what this run added, and nothing below it."""
+
+    handle: Attached
+    parents: frozenset[str]
+
+    def off(self) -> AbstractContextManager[Any]:
+        return self.handle.off(keep=self.parents)
 
 
 def _logits(model: Any) -> Any:
@@ -171,7 +186,8 @@ def _changes(training: Training) -> Iterator[Change]:
 
 def _report(training: Training, delta: Delta, found: Audit, folder: Path, parameters: int) -> dict[str, Any]:
     base, state, record = training.base, training.loop.progress, training.record
-    moved = delta.count()
+    own = [q for q in delta.pieces if q.name not in training.pieces.parents]
+    moved = sum(q.count() for q in own)
     progress = plain(state)
     proof: dict[str, Any] = {
         "fingerprints": {k: delta.base.get(k) for k in ("fingerprint", "tokenizer", "template")}
@@ -192,13 +208,13 @@ def _report(training: Training, delta: Delta, found: Audit, folder: Path, parame
         "delta": {
             "pieces": [
                 {"name": q.name, "form": type(q.form).__name__, "sites": len(q.sites), "parameters": q.count()}
-                for q in delta.pieces
+                for q in own
             ],
             "moved": moved,
             "share": moved / parameters,
             "bytes": (folder / "delta.safetensors").stat().st_size,
         },
-        "ledger": training.data.ledger.to_dict(),
+        "ledger": training.data.ledger.to_dict() | _held_out(training),
         "curve": progress["curve"],
         "evals": progress["evals"],
         "audit": found.to_dict(),
@@ -220,6 +236,11 @@ def _report(training: Training, delta: Delta, found: Audit, folder: Path, parame
         "versions": versions(),
         "warnings": [*base.notes, *(f"{k} ({n} records)" for k, n in training.data.ledger.notes.items())],
     }
+
+
+def _held_out(training: Training) -> dict[str, Any]:
+    ledger = training.data.eval_ledger
+    return {"held_out": ledger.to_dict()} if ledger else {}
 
 
 def _tokenizer_files(training: Training) -> dict[str, bytes]:
