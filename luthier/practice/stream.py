@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,18 @@ import numpy as np
 
 from luthier.practice.draw import Draw
 from luthier.practice.tokenizer import END
-from luthier.practice.world import records, taught
+from luthier.practice.world import Record, records, taught
 
 SEED = 1
 """The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
-SHARES = {"facts": 6, "arithmetic": 4, "lists": 4, "tracking": 3, "refusals": 3, "stories": 2}
-"""How often a taught family is drawn; 1 where it is not named."""
-LATER = {"tracking": 6, "refusals": 6, "arithmetic": 4, "lists": 4}
-"""The same after the first ``SWITCH`` records: facts are then known, tracking and copying need more practice."""
-SWITCH = 73_000
+STAGES: tuple[tuple[int, dict[str, int], dict[str, int]], ...] = (
+    (0, {"facts": 6, "arithmetic": 4, "lists": 4, "tracking": 3, "refusals": 3, "stories": 2}, {}),
+    (73_000, {"tracking": 6, "refusals": 6, "arithmetic": 4, "lists": 4}, {}),
+    (109_000, {"tracking": 12, "refusals": 5, "arithmetic": 4, "lists": 5}, {"tracking": 2}),
+)
+"""From which record on, how often each taught family is drawn (1 where it is not named), and at which difficulty (mixed
+where it is not named). Facts and stories come early; once they are known, copying and tracking get more practice, at last
+tracking of two things, which the easiest tracking does not teach."""
 SYSTEM = ("Answer in few words.", "You are a friendly miller.", "Help as well as you can.")
 PROMPT_WEIGHT = 0.1
 """Loss weight of what users say, beside 1 for what the assistant says."""
@@ -47,23 +51,27 @@ class Stream:
         self.assistant, self.end = (self.core.token_to_id(t) for t in ("<|assistant|>", END))
         self.pad = tokenizer.pad_token_id
         self.rows, self.length, self.seed = rows, length, seed
-        self.wheels = [[name for name in taught() for _ in range(s.get(name, 1))] for s in (SHARES, LATER)]
+        self.wheels = [[name for name in taught() for _ in range(shares.get(name, 1))] for _, shares, _ in STAGES]
         self.mix = Draw(f"luthier/base/{seed}")
-        counts = dict.fromkeys(taught(), 0)
-        for i in range(drawn):
-            counts[self._next(i)[0]] += 1
-        self.sources = {name: records(name, "train", seed=seed, start=n) for name, n in counts.items()}
+        self.sources: dict[tuple[str, int | None], Iterator[Record]] = {}
+        counts = Counter(self._next(i)[0] for i in range(drawn))
+        for (name, level), n in counts.items():
+            self.sources[name, level] = records(name, "train", seed=seed, start=n, difficulty=level)
         self.drawn, self.tokens = drawn, tokens
 
-    def _next(self, i: int) -> tuple[str, bool, str]:
-        """Record i's family, whether it goes on in the conversation before it, and its system message."""
-        name, joins, system = self.mix.pick(self.wheels[i >= SWITCH]), self.mix.real() < 0.1, self.mix.real()
-        return name, joins, self.mix.pick(SYSTEM) if system < 0.05 else ""
+    def _next(self, i: int) -> tuple[tuple[str, int | None], bool, str]:
+        """Record i's family and difficulty, whether it goes on in the conversation before it, and its system
+        message."""
+        stage = max(k for k, (start, _, _) in enumerate(STAGES) if start <= i)
+        name, joins, system = self.mix.pick(self.wheels[stage]), self.mix.real() < 0.1, self.mix.real()
+        return (name, STAGES[stage][2].get(name)), joins, self.mix.pick(SYSTEM) if system < 0.05 else ""
 
     def _draw(self) -> tuple[str, bool]:
-        name, joins, system = self._next(self.drawn)
+        source, joins, system = self._next(self.drawn)
         self.drawn += 1
-        turns = next(self.sources[name])["messages"]
+        if source not in self.sources:
+            self.sources[source] = records(source[0], "train", seed=self.seed, difficulty=source[1])
+        turns = next(self.sources[source])["messages"]
         text = "".join(f"<|{turn['role']}|>{turn['content']}{END}" for turn in turns)
         return (f"<|system|>{system}{END}{text}", False) if system else (text, joins)
 
