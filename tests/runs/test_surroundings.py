@@ -1,4 +1,4 @@
-"""What stands around a run: trackers, callbacks, the progress bar, the log, compiling, constant memory."""
+"""What stands around a run: trackers, callbacks, the progress bar, the log, constant memory."""
 
 from __future__ import annotations
 
@@ -73,15 +73,6 @@ def test_log_has_every_step(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_gives_the_eager_losses(world: World, tmp_path: Path) -> None:
-    end = [
-        run(world.plan(LORA, train={"compile": c, "steps": 4}, checkpoint={"every": 0}), tmp_path / str(c)).losses
-        for c in (False, True)
-    ]
-    assert end[1] == pytest.approx(end[0], rel=1e-4)
-
-
 def test_streaming_takes_constant_memory(world: World, tmp_path: Path) -> None:
     """20,000 records go by, a window at a time."""
     path = tmp_path / "many.jsonl"
