@@ -23,7 +23,7 @@ def run(done: Any) -> None:
     plain("")
     plain(verdict(done.report.get("audit") or {}))
     facts = [f"{cost['steps']:,} steps", f"{cost['tokens']:,} tokens", words.duration(cost["seconds"])]
-    facts += [f"{cost['parameters_moved']:,} numbers moved", f"peak memory {words.size(cost['peak_memory'])}"]
+    facts += [f"{cost['parameters_moved']:,} numbers moved", f"peak memory {words.size(cost['peak_memory_bytes'])}"]
     plain(" · ".join(facts))
     for warning in done.report.get("warnings") or []:
         say(f"note: {warning}")

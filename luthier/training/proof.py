@@ -70,7 +70,7 @@ def rehearse(training: Training) -> dict[str, Any]:
         "batch": training.plan.train.batch_size,
         "length": int(batch["input_ids"].shape[1]),
         "seconds": time.perf_counter() - started,
-        "peak_memory": peak_memory(machine.device),
+        "peak_memory_bytes": peak_memory(machine.device),
         "checkpoint_bytes": size,
     }
 

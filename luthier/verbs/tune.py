@@ -224,7 +224,7 @@ def _report(training: Training, delta: Delta, found: Audit, folder: Path, parame
             "supervised_tokens": state.supervised,
             "seconds": state.seconds,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
-            "peak_memory": record["peak_memory"],
+            "peak_memory_bytes": record["peak_memory"],
             "parameters_moved": moved,
             "bytes_on_disk": folder_bytes(folder),
             "steps": state.step,

@@ -97,7 +97,7 @@ if sys.argv[2] == "dry":
     sys.stdout.write(json.dumps([found.peak_memory, found.moved, found.tensors]))
 else:
     cost = tune(plan, out=sys.argv[3], progress=False).report["cost"]
-    sys.stdout.write(json.dumps([cost["peak_memory"], cost["parameters_moved"]]))
+    sys.stdout.write(json.dumps([cost["peak_memory_bytes"], cost["parameters_moved"]]))
 """
 
 
