@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from luthier.training import run
 from tests.runs.support import World
 
 
@@ -23,3 +24,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hardware_with_bf16() -> Iterator[None]:
+    """bf16 runs compute in bfloat16 here, emulated where the processor lacks it: slow, but the same types."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "has_bf16", lambda device: True)
+        yield
