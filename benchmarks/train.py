@@ -9,7 +9,8 @@ batches in identical order, where the losses must agree within 1 % at every step
 bf16 means: luthier, LoRA: base held in bfloat16, trained numbers float32, no autocast; luthier, full: float32 masters
 under bfloat16 autocast; TRL: bf16=True, which is a float32 model under bfloat16 autocast.
 Memory is the peak of the resident set while training less what the imports took, both sides under the same allocator
-setting (mmap threshold 1 MiB). The last line is one JSON object.
+setting (mmap threshold 1 MiB). On a processor without bfloat16 arithmetic the bf16 arms take the first 16 records only:
+TRL computes in bfloat16 all the same, luthier in float32 (docs/precision.md). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -108,8 +109,6 @@ def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> 
             {n: p.detach().clone().cpu() for n, p in training.loop.optimiser.names.items()} if what == "lora" else {}
         )
     synchronise(device)
-    if device.type == "cpu":
-        imported = imported
     reset_peak(device)
     started = time.perf_counter()
     progress = training.train()
@@ -259,21 +258,25 @@ def main() -> None:
         return
     import torch
 
-    from luthier.bases.hardware import peak_flops
+    from luthier.bases.hardware import has_bf16, peak_flops
 
     gpu = torch.cuda.is_available()
+    slow_bf16 = not gpu and not has_bf16("cpu")
     summary: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, args.data, args.records, gpu)
-        for what in args.what:
-            for kind in args.types if not gpu else ["bf16"]:
+    for what in args.what:
+        for kind in args.types if not gpu else ["bf16"]:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                few = kind == "bf16" and slow_bf16
+                prepare(folder, args.data, min(args.records, 16) if few else args.records, gpu)
                 found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}
                 for _ in range(args.repeats):
                     for arm in args.arms:
                         found[arm].append(run_arm(arm, folder, what, kind, gpu))
                 rate = peak_flops(
-                    "cuda" if gpu else "cpu", torch.bfloat16 if kind == "bf16" else torch.float32, seconds=2.0
+                    "cuda" if gpu else "cpu",
+                    torch.bfloat16 if kind == "bf16" and not few else torch.float32,
+                    seconds=2.0,
                 )
                 summary.setdefault(what, {})[kind] = table(
                     what, kind, found, needed_flops(folder, what, gpu, length) / rate

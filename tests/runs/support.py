@@ -43,8 +43,11 @@ class World:
 
     def plan(self, delta: Any, **sections: Any) -> Plan:
         """A plan of 12 steps of 4 rows with a checkpoint every 5; sections are laid over it."""
+        base = sections.pop("base", str(self.base()))
+        if sections.get("train", {}).get("precision") == "bf16" and isinstance(base, str):
+            base = {"name": base, "dtype": "bfloat16"}  # stated, so that it is met on processors without it too
         plain = {
-            "base": sections.pop("base", str(self.base())),
+            "base": base,
             "data": {"train": str(self.records), "max_length": 64, "cache": False, **sections.pop("data", {})},
             "delta": delta,
             "train": {"steps": 12, "batch_size": 4, "lr": 1e-2, "precision": "fp32", **sections.pop("train", {})},

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.errors import LuthierError
+from luthier.plan.load import load_plan
+from luthier.training.precision import precision_of
 from luthier.training.run import Training, build
 from tests.runs.support import World, run
 
@@ -91,3 +94,21 @@ def test_small_updates_are_not_rounded_away(world: World, tmp_path: Path) -> Non
     moved = edit.parameter.detach() != edit.original
     assert float(moved.float().mean()) > 0.9
     assert bool((edit.parameter.detach().bfloat16() == edit.original.bfloat16()).float().mean() > 0.9)
+
+
+def resolved(hardware: bool, delta: Any = LORA, dtype: str = "auto", precision: str = "auto") -> tuple[Any, ...]:
+    plan = {"base": {"name": "b", "dtype": dtype}, "data": "d.jsonl", "delta": delta, "train": {"precision": precision}}
+    found, base = precision_of(load_plan(plan), hardware)
+    return found.name, base.dtype, found.autocast, bool(found.note)
+
+
+def test_what_is_resolved_from_plan_and_hardware() -> None:
+    assert resolved(True) == ("bf16", "bfloat16", None, False)
+    assert resolved(False) == ("fp32", "float32", None, False)
+    assert resolved(True, FULL) == ("bf16", "auto", "bfloat16", False)
+    assert resolved(False, precision="bf16") == ("fp32", "float32", None, True)
+    assert resolved(False, dtype="bfloat16", precision="bf16") == ("bf16", "bfloat16", None, False)
+    assert resolved(True, dtype="float32", precision="bf16") == ("bf16", "float32", "bfloat16", False)
+    for bad in ({"dtype": "bfloat16", "precision": "fp32"}, {"dtype": "float16", "delta": FULL}):
+        with pytest.raises(LuthierError, match="dtype"):
+            resolved(True, **bad)
