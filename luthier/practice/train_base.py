@@ -48,7 +48,7 @@ class Run:
     ``floor`` x lr over the last ``decay`` of the steps.
     """
 
-    tokens: int = 5_200_000
+    tokens: int = 5_400_000
     rows: int = 32
     length: int = 128
     lr: float = 3e-3
