@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from luthier.attach import Attached
-from luthier.bases.fingerprint import compare, fingerprint_template, fingerprint_tokenizer
+from luthier.attach import Attached, attached
+from luthier.bases.fingerprint import compare, fingerprint_template, fingerprint_tokenizer, full_fingerprint
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta.artefact import Delta
 from luthier.delta.probes import check_probes, record_probes
@@ -66,11 +66,16 @@ class Report:
         return {"path": self.path, "kind": self.kind, "ok": self.ok, "checks": [asdict(c) for c in self.checks]}
 
 
-def prove(delta: Delta, base: Any, prompts: Sequence[str] = (), seed: int = 0) -> Delta:
-    """Gives the delta its seals, probes and base card, by putting it on the base for a moment. Gives the same delta."""
+def prove(delta: Delta, base: Any, prompts: Sequence[str] = (), seed: int = 0, *, full: bool = False) -> Delta:
+    """Gives the delta its seals, probes and base card, by putting it on the base for a moment. Gives the same delta.
+
+    full: the card also holds the hash over every value of the base, for `verify --full`.
+    """
     on = target(base)
     words = on.tokenizer if on.tokenizer is not None else on.model.get_input_embeddings().weight.shape[0]
     delta.base = on.card() | {k: v for k, v in delta.base.items() if v}
+    if full and (mark := full_mark(on)):
+        delta.base["full_fingerprint"] = mark
     handle = delta.apply(on.model)
     try:
         delta.seals = seals_of(handle)
@@ -84,6 +89,38 @@ def prove(delta: Delta, base: Any, prompts: Sequence[str] = (), seed: int = 0) -
     finally:
         delta.detach(on.model)
     return delta
+
+
+def full_mark(base: Any) -> str | None:
+    """Hash over every value of a base as its checkpoint has it: no deltas, no new rows, no fresh head.
+
+    base: as for `bridge.target`; deltas on it are switched off meanwhile. None for a base that has grown, which no longer
+    has its old tables. Reads about 2 GB a second.
+    """
+    on = target(base)
+    if on.new_rows:
+        return None
+    with attached(on.model).off():
+        return full_fingerprint(on.model, on.fresh)
+
+
+def same_values(delta: Delta, on: Target) -> Check:
+    """Whether every value of the base is the one that the delta was made on, not only a sample of them."""
+    told = delta.base.get("full_fingerprint")
+    if told is None:
+        return Check("full fingerprint", None, "not checked: the delta states none, as where new tokens grew the base")
+    if compare(delta.base["fingerprint"], on.card()["fingerprint"]) == "same, other dtype":
+        made = delta.base["fingerprint"].split(":")[-1]
+        return Check(
+            "full fingerprint", None, f"not checked: the delta's base was held in {made}, load it with dtype: {made}"
+        )
+    here = full_mark(on)
+    if here is None:
+        return Check("full fingerprint", None, "not checked: this base has grown by new tokens")
+    if here == told:
+        return Check("full fingerprint", True, "every value is the same")
+    return Check("full fingerprint", False, f"values outside the sample differ (delta: {told[:16]}…, base: {here[:16]}…): the base "
+                 "was altered; fetch it again")  # fmt: skip
 
 
 def same_base(delta: Delta, on: Target) -> Iterator[Check]:

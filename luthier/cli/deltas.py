@@ -58,12 +58,13 @@ def verify(
     merged: Annotated[
         str | None, typer.Option("--merged", help="A merged checkpoint that should contain PATH.", show_default=False)
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Hash every value of the base, not a sample of them.")] = False,
 ) -> None:
     """Prove that a delta is whole and is there: digests, fingerprints, seals and probes. Exit code 1 where it is not."""
     from luthier.cli.show import proof
     from luthier.verbs.verify import verify as verb
 
-    if not proof(verb(path, base=base, merged=merged)):
+    if not proof(verb(path, base=base, merged=merged, full=full)):
         raise typer.Exit(1)
 
 

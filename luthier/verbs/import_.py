@@ -26,7 +26,7 @@ def import_(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None =
     if base is None and not named:
         raise LuthierError(f"{folder}: adapter_config.json names no base: state it (--base)")
     on = target(base if base is not None else named)
-    delta = prove(from_peft(folder, on), on)
+    delta = prove(from_peft(folder, on), on, full=True)
     if out is not None:
         delta.save(out)
     return delta

@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.bridge.foreign import verify_adapter
 from luthier.bridge.merged import verify_merged
-from luthier.bridge.proof import Check, Report, applied, norms_hold, probes_hold, same_base, seals_hold
+from luthier.bridge.proof import Check, Report, applied, norms_hold, probes_hold, same_base, same_values, seals_hold
 from luthier.bridge.target import Target, target
 from luthier.delta.artefact import Delta, read_header
 from luthier.delta.seals import seals_of
@@ -63,7 +63,7 @@ def _delta(path: Path, base: Any, merged: str | os.PathLike[str] | None, full: b
     if any(c.name in ("base", "dtype") and c.ok is False for c in report.checks):
         return report
     if full:
-        _full(report, delta, on)
+        report.checks.append(same_values(delta, on))
     try:
         handle = delta.apply(on.model)
     except LuthierError as e:
@@ -78,16 +78,6 @@ def _delta(path: Path, base: Any, merged: str | os.PathLike[str] | None, full: b
     if merged is not None:
         verify_merged(report, on, Path(merged), delta)
     return report
-
-
-def _full(report: Report, delta: Delta, on: Target) -> None:
-    from luthier.bases.fingerprint import full_fingerprint
-
-    here, told = full_fingerprint(on.model, on.fresh), delta.base.get("full_fingerprint")
-    if told is None:
-        report.add("full fingerprint", None, f"{here}; the delta states none to compare with")
-    else:
-        report.add("full fingerprint", told == here, "the same" if told == here else f"delta: {told}, base: {here}")
 
 
 def _base(delta: Delta, base: Any) -> Target:
