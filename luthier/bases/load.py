@@ -83,7 +83,7 @@ def load_base(
     notes: list[str] = []
     target = torch.device("meta") if not weights else choose_device(device)
     dtype = _dtype(spec, config, choose_device(device) if not weights else target)
-    with _quiet():
+    with quiet():
         if weights:
             model, fresh = _read(spec, folder, config, dtype, seed, notes)
             model.to(target)
@@ -257,7 +257,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No reports or progress bars of transformers: what they would say is an error or a note here."""
     from transformers.utils import logging
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from luthier.attach import Attached, FoldReport
+from luthier.bases.load import quiet
 from luthier.bridge.folding import MAX_LOST, add_biases, folded, remove_biases, retie, tied_sites, untie
 from luthier.bridge.proof import Check, refuse
 from luthier.bridge.target import Target, logits_of, target
@@ -93,7 +94,8 @@ def _write(
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         os.chmod(new, 0o755)
-        on.model.save_pretrained(new, max_shard_size=max_shard_size)
+        with quiet():
+            on.model.save_pretrained(new, max_shard_size=max_shard_size)
         if on.tokenizer is not None:
             on.tokenizer.save_pretrained(new)
         (new / "README.md").write_text(_card(delta, on, checks), encoding="utf-8")
@@ -116,7 +118,8 @@ def _write(
 def reload(on: Target, folder: Path) -> Any:
     """The written model by plain transformers; keys that do not fit are an error."""
     cls = type(on.model)
-    model, info = cls.from_pretrained(folder, dtype=next(on.model.parameters()).dtype, output_loading_info=True)
+    with quiet():
+        model, info = cls.from_pretrained(folder, dtype=next(on.model.parameters()).dtype, output_loading_info=True)
     bad = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if bad:
         raise LuthierError(f"{folder}: the written checkpoint does not load whole ({bad[0]}): keep the delta instead")
