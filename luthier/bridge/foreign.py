@@ -14,6 +14,7 @@ from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.merged import verify_merged
 from luthier.bridge.peft_config import read_config
 from luthier.bridge.peft_in import from_peft
+from luthier.bridge.peft_out import HEADS
 from luthier.bridge.proof import Report, prove
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta import FORMS
@@ -80,6 +81,8 @@ def _trained(report: Report, delta: Delta) -> None:
     if len(idle) == total:
         report.add("trained", False, f"all {total} sites stand at their start (B is zero): it was saved before training, or "
                    "training had no effect; train again and check the supervised tokens")  # fmt: skip
+    elif idle and all(key.split(".")[0] in HEADS for key in idle):
+        report.add("trained", None, f"the head is the base's own ({idle[0]}), all else moved: PEFT saves it either way")
     elif idle:
         report.add("trained", False, f"{len(idle)} of {total} sites never moved ({idle[0]}): their gradients did not "
                    "arrive, or the save was partial; train again, or leave them out of target_modules")  # fmt: skip

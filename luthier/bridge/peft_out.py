@@ -24,6 +24,8 @@ from luthier.delta.artefact import Delta, Piece
 from luthier.errors import LuthierError
 
 TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+HEADS = ("classifier", "score")
+"""Modules that PEFT takes for a classifier's head."""
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -49,6 +51,8 @@ def to_peft(
         "inference_mode": True,
         "revision": delta.base.get("revision"),
     }
+    if config["task_type"] == "SEQ_CLS" and "modules_to_save" in config:
+        _head(on, config, tensors)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -93,6 +97,18 @@ def _write(delta: Delta, on: Target | None) -> Written:
     elif len(kinds) > 1:
         raise LuthierError("PEFT cannot hold single entries beside norms: export to hf, or keep it as a delta")
     return config, tensors
+
+
+def _head(on: Target | None, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """PEFT saves the head of every classifier, moved or not, and misses it when loading: the base's own goes along."""
+    if any(key.removeprefix(PREFIX).split(".")[0] in HEADS for key in tensors):
+        return
+    if on is None:
+        raise LuthierError("PEFT stores a classifier's head beside the adapter: state the base (--base)")
+    for name in HEADS:
+        if hasattr(on.model, name):
+            tensors |= {f"{PREFIX}{key}": on.tensor(key) for key in on.items if key.split(".")[0] == name}
+            config["modules_to_save"] = sorted({*(config["modules_to_save"] or []), name})
 
 
 def _only_norms(delta: Delta) -> bool:
@@ -206,7 +222,9 @@ def _rows(piece: Piece, on: Target | None, config: dict[str, Any], tensors: dict
         index = piece.fixed[key]["index"]
         width = site.shape[-1]
         ids = (index[::width] // width).tolist()
-        whole = site.kind == "embedding" and len(index) == len(ids) * width
+        # PEFT keeps rows of an untied head too, but its forward then leaves a bias out.
+        table = site.kind == "embedding" or (site.role == "head" and site.kind == "linear" and not _biased(on, key))
+        whole = table and len(index) == len(ids) * width
         if not whole or index.tolist() != [i * width + j for i in ids for j in range(width)]:
             raise LuthierError(
                 f"piece '{piece.name}' moves single entries of {key}, which PEFT cannot hold: export to hf"
@@ -215,6 +233,10 @@ def _rows(piece: Piece, on: Target | None, config: dict[str, Any], tensors: dict
         tensors[f"{PREFIX}{module}.{ROWS}"] = _tuned(piece, key, on)[ids]
         stated[module.rpartition(".")[2]] = ids
     config["trainable_token_indices"] = stated
+
+
+def _biased(on: Target | None, key: str) -> bool:
+    return on is None or on.model.get_submodule(key.rpartition(".")[0])._parameters.get("bias") is not None
 
 
 def _norms(pieces: list[Piece], on: Target | None) -> Written:
