@@ -26,6 +26,10 @@ class Speaker:
         self.tokenizer = loaded.tokenizer
         if self.tokenizer is None:
             raise LuthierError(f"base {base} has no tokenizer: give one by base.tokenizer")
+        if loaded.kind == "classify":
+            raise LuthierError(
+                f"base {loaded.name} is a classifier and writes no text: luthier audit measures its labels"
+            )
 
     def answer(
         self,

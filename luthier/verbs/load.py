@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.attach import Attached, attached
+from luthier.bases.fingerprint import fingerprint_template
 from luthier.bases.load import load_base
 from luthier.bridge.folding import MAX_LOST, folded, untie
 from luthier.bridge.peft import from_peft
@@ -16,6 +18,9 @@ from luthier.bridge.target import Target, target
 from luthier.delta.artefact import Delta, read_header
 from luthier.errors import LuthierError, nearest
 from luthier.plan.schema import BaseSpec
+
+TEMPLATE = "chat_template.jinja"
+"""File of a delta that was trained with a chat template other than its tokenizer's."""
 
 
 def load(
@@ -109,12 +114,23 @@ def load_base_for(base: Any, deltas: Sequence[Delta], fields: dict[str, Any], de
             if values and key not in stated and key not in fields:
                 stated[key] = max(values, key=len) if key == "new_tokens" else values[0]
         seed = next((c["seed"] for c in cards if c.get("seed") is not None), 0)
-        return target(load_base(BaseSpec.model_validate(stated | fields), device=device, seed=seed))
+        return _spoken(target(load_base(BaseSpec.model_validate(stated | fields), device=device, seed=seed)), deltas)
     if fields or device:
         raise LuthierError(
             f"{', '.join([*fields, *(['device'] if device else [])])} can be stated with a base's name only"
         )
-    return target(base)
+    return _spoken(target(base), deltas)
+
+
+def _spoken(on: Target, deltas: Sequence[Delta]) -> Target:
+    """The chat template that the deltas were trained with and carry goes onto the base's tokenizer."""
+    for delta in deltas:
+        own = delta.files.get(TEMPLATE, b"").decode()
+        if on.tokenizer is not None and own and fingerprint_template(own) == delta.base.get("template"):
+            if own != on.tokenizer.chat_template:
+                on.tokenizer = copy.deepcopy(on.tokenizer)  # the caller's own keeps its template
+                on.tokenizer.chat_template = own
+    return on
 
 
 def _rename(delta: Delta, before: Sequence[Delta]) -> None:
