@@ -138,11 +138,10 @@ def page(card: dict[str, Any]) -> str:
             "",
             f"Never taught: {', '.join(card['never_taught'])}.",
             "",
-            "Train it again: `python -m luthier.practice.train_base --install`",
-            f"({run['tokens_asked']:,} slots of packed rows, {run['threads']} threads, torch {run['torch']})."
-            if run
-            else "Train it again: `python -m luthier.practice.train_base --install`.",
+            "Train it again: `python -m luthier.practice.train_base --install`"
+            + (f" ({run['steps']:,} steps, {run['threads']} threads, torch {run['torch']})." if run else "."),
             *([run["note"]] if run and "note" in run else []),
+            "",
             f"Measure this page again: `{card['command']}`.",
             "",
         ]

@@ -20,7 +20,7 @@ STAGES: tuple[tuple[int, dict[str, int], dict[str, int]], ...] = (
     (73_000, {"tracking": 6, "refusals": 6, "arithmetic": 4, "lists": 4}, {}),
     (109_000, {"tracking": 12, "refusals": 5, "arithmetic": 4, "lists": 5}, {"tracking": 2}),
     (131_000, {"tracking": 10, "refusals": 5, "arithmetic": 3, "lists": 6}, {"tracking": 3}),
-    (145_000, {"tracking": 8, "refusals": 5, "arithmetic": 3, "lists": 6, "facts": 2}, {}),
+    (145_000, {"tracking": 8, "refusals": 5, "arithmetic": 3, "lists": 6, "facts": 6}, {}),
 )
 """From which record on, how often each taught family is drawn (1 where it is not named), and at which difficulty (mixed
 where it is not named). Facts and stories come early; once they are known, copying and tracking get more practice: tracking
