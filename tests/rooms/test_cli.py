@@ -216,3 +216,29 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert call("--version") == 0
     assert capsys.readouterr().out.strip() == f"luthier {luthier.__version__}"
+
+
+def test_the_demo_can_be_run_again_and_spares_what_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import luthier.verbs.tune as verb
+
+    seen: list[list[str]] = []
+
+    def tuned(plan: object, *, out: Path) -> object:
+        assert plan.checkpoint.every == 0  # pyright: ignore
+        seen.append(sorted(p.name for p in out.iterdir() if not p.name.startswith(".")))
+        (out / "checkpoints" / "step-3").mkdir(parents=True)
+        (out / "delta.json").write_text("{}")
+        return verb.Run(None, out, {})  # pyright: ignore
+
+    monkeypatch.setattr(verb, "tune", tuned)
+    again = tmp_path / "demo-report"
+    assert [call("demo", "--out", str(again)) for _ in range(3)] == [0, 0, 0]
+    assert seen == [[], [], []]
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "README.md").write_text("mine")
+    assert call("demo", "--out", str(notes)) == 2
+    assert "is not the report of an earlier demo" in capsys.readouterr().err
+    assert (notes / "README.md").read_text() == "mine" and len(seen) == 3
