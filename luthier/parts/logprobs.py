@@ -9,15 +9,17 @@ from torch import Tensor
 
 ROWS = 256
 """Rows of logits turned to float32 at a time."""
-FRESH = {
-    "MmBackward0",
-    "UnsafeViewBackward0",
-    "AddmmBackward0",
-    "ViewBackward0",
-    "LinearBackward0",
-    "ReshapeAliasBackward0",
-}
+FRESH = {"MmBackward0", "AddmmBackward0", "BmmBackward0", "LinearBackward0"}
 """Operations that do not need their own result in the backward pass, so that it may be overwritten there."""
+VIEWS = {
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "UnsqueezeBackward0",
+    "SqueezeBackward1",
+    "TBackward0",
+}
+"""Operations whose result is the memory of what they were given: what made that decides."""
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -29,7 +31,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for i in range(0, len(logits), ROWS):
             norm[i : i + ROWS] = torch.logsumexp(logits[i : i + ROWS].float(), -1)
         chosen = logits.gather(1, targets[:, None]).squeeze(1).float()
-        # The detached alias carries no version counter of the graph: only `reuse` says whether writing is safe.
+        # Not saved through the graph, which would forbid the writing: only `reuse` says whether that is safe.
         ctx.save_for_backward(targets, norm)
         ctx.logits, ctx.reuse = logits.detach(), reuse
         return chosen - norm
@@ -41,11 +43,13 @@ class _TokenLogProbs(torch.autograd.Function):
         logits = ctx.logits
         out = logits if ctx.reuse else torch.empty_like(logits)
         for i in range(0, len(logits), ROWS):
-            part = logits[i : i + ROWS].float()
+            part = logits[i : i + ROWS].to(torch.float32, copy=not ctx.reuse)
             part.sub_(norm[i : i + ROWS, None]).exp_().mul_(-grad[i : i + ROWS, None])
             part.scatter_add_(1, targets[i : i + ROWS, None], grad[i : i + ROWS, None])
-            out[i : i + ROWS] = part
-        ctx.logits = None
+            if not (ctx.reuse and out.dtype == torch.float32):  # else it was worked out in its place
+                out[i : i + ROWS] = part
+        if ctx.reuse:
+            ctx.logits = None
         return out, None, None
 
 
@@ -55,5 +59,12 @@ def token_logprobs(logits: Tensor, targets: Tensor, keep: bool = False) -> Tenso
     Where the logits come straight from a matrix product, the backward pass reuses their memory; `keep` forbids it
     (the caller reads the logits after backward, or calls backward twice).
     """
-    reuse = not keep and logits.grad_fn is not None and type(logits.grad_fn).__name__ in FRESH
+    reuse = not keep and _fresh(logits.grad_fn)
     return _TokenLogProbs.apply(logits, targets, reuse)  # pyright: ignore[reportReturnType]
+
+
+def _fresh(node: Any) -> bool:
+    """Whether what made a tensor, beneath all views of it, has no use for it in the backward pass."""
+    while node is not None and type(node).__name__ in VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and type(node).__name__ in FRESH
