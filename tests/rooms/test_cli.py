@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_demo_can_be_run_again_and_spares_what_is_not_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import luthier.verbs.tune as verb
+    verb = importlib.import_module("luthier.verbs.tune")
 
     seen: list[list[str]] = []
 
