@@ -42,6 +42,8 @@ def audit(
     """Measures a delta folder on the base it was made on; writes report.json and report.html.
 
     plan: whose base, data and audit sections count; default the one in the delta's lineage. out: default DELTA/audit.
+    The delta's own plan came with the delta, perhaps from someone else: it can neither have the code of a model's
+    repository run nor name code to import; a plan or an override that you state can.
     Errors: a delta without a plan, a plan without anything to measure, and whatever `load` refuses.
     """
     folder = Path(delta)
@@ -52,6 +54,8 @@ def audit(
             f"{folder} holds no plan (it was not tuned here): give one by --plan that says what to measure"
         )
     read = load_plan(stated, overrides, methods=False)
+    if plan is None:
+        read = _distrusted(read, folder, overrides)
     spec = read.audit.model_copy(update={"enabled": True})
     if not (spec.target or spec.guards or spec.shifted):
         raise LuthierError("the plan's audit section names nothing to measure: state audit.target or audit.guards")
@@ -71,3 +75,18 @@ def audit(
     place = Path(out) if out is not None else folder / "audit"
     write_report(place, report)
     return Audited(place, report)
+
+
+def _distrusted(read: Plan, folder: Path, overrides: Sequence[str]) -> Plan:
+    """The plan of a delta folder without its power to run code; what the overrides changed in it is the user's own."""
+    trusts = read.base.trust_remote_code and any(o.startswith("base") and "trust_remote_code" in o for o in overrides)
+    for group in ("target", "guards", "shifted"):
+        stated = " ".join(o.partition("=")[2] for o in overrides if o.startswith(f"audit.{group}"))
+        for check in getattr(read.audit, group):
+            if ":" in check.metric and check.metric not in stated:
+                raise LuthierError(
+                    f"{folder}: the plan inside the delta has code of its own run (audit.{group}: the metric "
+                    f"{check.metric}): give a plan that you trust by --plan, or state that metric as an override"
+                )
+    base = read.base.model_copy(update={"trust_remote_code": trusts})
+    return read.model_copy(update={"base": base, "train": read.train.model_copy(update={"callbacks": []})})
