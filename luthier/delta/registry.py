@@ -43,10 +43,10 @@ class Registry(Mapping[str, Any]):
 
     def _load(self) -> dict[str, Any]:
         if not self._read:
-            self._read = True
             package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
+            self._read = True  # last: a file that fails to import fails again at the next look, and is not passed over
         return self._found
 
     def __getitem__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +21,8 @@ from luthier.plan.yaml import expand, read_yaml
 if TYPE_CHECKING:
     from luthier.delta import Registry
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
 
 def load_plan(
     source: str | os.PathLike[str] | Mapping[str, Any] | Plan, overrides: Sequence[str] = (), *, methods: bool = True
@@ -28,7 +31,7 @@ def load_plan(
 
     source: a YAML file, its content as a dict, or a plan. overrides: 'train.lr=1e-4', 'delta.0.rank=8', and without
     the index where a list has one entry; values are YAML. methods: also check the names and settings of forms,
-    choices, inits, objective and optimiser (this imports torch). Texts may hold ${NAME:-default} from the environment.
+    choices, objective and optimiser (this imports torch). Texts may hold ${NAME:-default} from the environment.
     Errors: LuthierError naming the file, the key and what was meant.
     """
     where, raw = _raw(source)
@@ -41,6 +44,7 @@ def load_plan(
         raise LuthierError(f"{where}: {first_problem(e, raw)}") from e
     if not plan.data.train:
         raise LuthierError(f"{where}: data.train: is empty: name a file, folder, hub dataset or practice:FAMILY")
+    _check_names(plan, where)
     if methods:
         _check_methods(plan, where)
     return plan
@@ -156,9 +160,28 @@ def _open_list(section: dict[str, Any], key: str, opened: Callable[[str], dict[s
 # -- names and settings of methods
 
 
+def _check_names(plan: Plan, where: str) -> None:
+    """Names of pieces are parts of tensor names in the saved delta, where '/' divides, and some are the run's own."""
+    names = [spec.name or spec.form or spec.choice for spec in plan.delta]
+    for i, spec in enumerate(plan.delta):
+        key, name = f"{where}: delta.{i}.name", spec.name
+        if name is None:
+            continue
+        if not NAME.fullmatch(name):
+            raise LuthierError(
+                f"{key}: '{name}' must be letters, digits, '-' and '_', beginning with a letter or digit"
+            )
+        if name == "new" or name.startswith("parent"):
+            raise LuthierError(
+                f"{key}: '{name}' is kept for new tokens ('new') and earlier deltas ('parent…'): choose another"
+            )
+        if name in names[:i]:
+            raise LuthierError(f"{key}: '{name}' is taken by another delta: name this one otherwise")
+
+
 def _check_methods(plan: Plan, where: str) -> None:
     """Every method named exists and accepts its settings."""
-    from luthier.delta import CHOICES, FORMS, INITS, OBJECTIVES, OPTIMISERS
+    from luthier.delta import CHOICES, FORMS, OBJECTIVES, OPTIMISERS
 
     for i, spec in enumerate(plan.delta):
         registry, name = (FORMS, spec.form) if spec.form is not None else (CHOICES, spec.choice)
@@ -169,12 +192,6 @@ def _check_methods(plan: Plan, where: str) -> None:
             f"{where}: delta.{i}",
             [a.alias or n for n, a in DeltaSpec.model_fields.items()],
         )
-        if spec.init is not None:
-            _named(INITS, spec.init, f"{where}: delta.{i}.init")
-    names = [spec.name or spec.form or spec.choice for spec in plan.delta]
-    for i, name in enumerate(names):
-        if name in names[:i] and plan.delta[i].name is not None:
-            raise LuthierError(f"{where}: delta.{i}.name: '{name}' is taken by another delta: name this one otherwise")
     _make(OBJECTIVES, plan.objective.name, plan.objective.settings, f"{where}: objective", ["name"])
     _named(OPTIMISERS, plan.train.optimiser, f"{where}: train.optimiser")
 

@@ -44,7 +44,7 @@ class SourceSpec(Section):
     subset: str | None = Field(None, description="Configuration name of a hub dataset.")
     limit: int | None = Field(None, ge=1, description="At most this many records.")
     skip: int = Field(0, ge=0, description="Leave out this many records at the start.")
-    weight: float = Field(1.0, ge=0, description="Loss weight of every record of this source.")
+    weight: float = Field(1.0, gt=0, description="Loss weight of every record of this source.")
     pattern: str | None = Field(
         None, description="Regular expression with named groups, for text files of one record a line."
     )
@@ -108,7 +108,6 @@ class DeltaSpec(BaseModel):
     weight_decay: float | None = Field(
         None, ge=0, description="Weight decay of this piece; default train.weight_decay."
     )
-    init: str | None = Field(None, description="Another start than the form's own.")
     start_from: str | None = Field(None, description="Delta folder whose piece of this name continues.")
 
     @field_validator("sites", mode="before")
@@ -145,6 +144,11 @@ class TrainSpec(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the data; steps overrides it.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps.")
     batch_size: int = Field(8, ge=1, description="Rows in a micro-batch on each process.")
+    tokens_at_once: int | Literal["auto"] | None = Field(
+        "auto",
+        description="Positions in one forward pass; larger micro-batches are cut into parts that give the same sums. "
+        "auto is 1024 on a CPU; null never cuts.",
+    )
     accumulate: int = Field(1, ge=1, description="Micro-batches in one optimiser step.")
     lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
@@ -173,7 +177,7 @@ class TrainSpec(Section):
     max_skips: int = Field(10, ge=0, description="With non_finite: skip, stop after this many.")
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     report_to: list[str] = Field([], description="tensorboard, wandb, mlflow, trackio.")
-    callbacks: list[str] = Field([], description="module:name of callables on (event, state).")
+    callbacks: list[str] = Field([], description="module:name of callables on (event, loop).")
     rehearse: bool = Field(True, description="Run the longest batch through everything before step one.")
     fsdp: bool = Field(False, description="Shard with FSDP2 instead of DDP when launched on several processes.")
 

@@ -59,7 +59,7 @@ def test_an_unsupervised_record_is_refused_or_dropped(tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match=r"no row is left of .*dropped {'unsupervised': 1}"):
         prepare(spec(written(tmp_path, [asked], "b.jsonl"), unsupervised="drop"), tok)
     with pytest.raises(LuthierError, match="no supervised token"):
-        prepare(spec([{"path": path, "weight": 0}]), tok)
+        prepare(spec(written(tmp_path, [chat("two?", "four", weight=0)], "c.jsonl")), tok)
 
 
 def test_ledger_counts_and_survives_json(tmp_path: Path) -> None:

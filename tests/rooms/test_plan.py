@@ -71,6 +71,12 @@ MISTAKES = {
     "train.lr=[1": ["train.lr", "YAML"],
     "base.name=${LUTHIER_NO_SUCH_VARIABLE}": ["LUTHIER_NO_SUCH_VARIABLE", "base.name"],
     "train.betas=[1]": ["train.betas"],
+    "delta.name=a/b": ["delta.0.name", "'a/b'", "letters"],
+    "delta.name=.a": ["delta.0.name", "letters"],
+    "delta.name=new": ["delta.0.name", "'new'", "choose another"],
+    "delta.name=parent0-lora": ["delta.0.name", "choose another"],
+    "delta.init=svd": ["delta.0.init", "rank"],
+    "data.train.weight=0": ["data.train.0.weight", "greater than 0"],
     "audit.guards=[3]": ["audit.guards.0", "section"],
 }
 
@@ -89,6 +95,8 @@ FILES = {
     "broken": ("base: practice\ndata: [1, 2\ntrain: {}\n", ["line 3", "YAML"]),
     "tab": ("base:\n\tname: x\n", ["line 2", "YAML"]),
     "twice": ("base: a\nbase: b\n", ["line 2", "'base' is given twice"]),
+    "list as key": ("base: x\n? [a, b]\n: 1\n", ["line 2", "cannot be a key"]),
+    "table as key": ("{a: 1}: 2\n", ["line 1", "cannot be a key"]),
     "python tag": ("base: !!python/object/apply:os.system [ls]\n", ["line 1", "YAML"]),
     "no data": ("delta: lora\n", ["data is missing", "records"]),
     "no delta": ("data: a.jsonl\n", ["delta is missing"]),
@@ -189,3 +197,17 @@ def test_the_reference_is_current() -> None:
     from luthier.plan.reference import PAGE, reference
 
     assert PAGE.read_text() == reference(), "run: python -m luthier.plan.reference"
+
+
+def test_a_room_with_a_broken_file_fails_at_every_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from luthier.delta import Registry
+
+    room = tmp_path / "brokenroom"
+    room.mkdir()
+    (room / "__init__.py").write_text("")
+    (room / "bad.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = Registry("form", "brokenroom")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+            len(registry)
