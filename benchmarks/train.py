@@ -103,8 +103,9 @@ def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> 
     device = training.machine.device
     batches: list[Any] = []
     if same:  # the batches this arm draws are what the peer is given, and so is the start of A
-        step = training.loop.next_step
-        training.loop.next_step = lambda: batches.append(step()) or batches[-1]
+        feed: Any = training.events.batches
+        whole = feed.parts
+        feed.parts = lambda batch: batches.append(batch) or whole(batch)
         start = (
             {n: p.detach().clone().cpu() for n, p in training.loop.optimiser.names.items()} if what == "lora" else {}
         )
@@ -116,9 +117,7 @@ def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> 
     seconds = time.perf_counter() - started
     if same:
         keep = ("input_ids", "attention_mask", "weights")
-        torch.save(
-            {"batches": [{k: b[k] for k in keep} for s in batches for b in s], "start": start}, folder / "same.pt"
-        )
+        torch.save({"batches": [{k: b[k] for k in keep} for b in batches], "start": start}, folder / "same.pt")
     peak = peak_memory(device) - (imported if device.type == "cpu" else 0)
     return {
         "seconds": seconds,

@@ -28,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, grad_w, None
         g = grad * w
-        dot = torch.linalg.vecdot(g, x).unsqueeze(-1).float()
+        dot = torch.linalg.vecdot(g, x.to(g.dtype)).unsqueeze(-1).float()
         along = dot.mul_(inverse.pow(3)).div_(-x.shape[-1])
         return (
             (g.mul_(inverse) if g.dtype == torch.float32 else g * inverse).addcmul(x, along).to(x.dtype),

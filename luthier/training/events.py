@@ -13,7 +13,7 @@ from typing import Any
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training import certificate, checkpoint
-from luthier.training.feed import Feed, all_ready
+from luthier.training.feed import Feed, all_ready, records_of
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, evaluate
 from luthier.training.pieces import Pieces
@@ -143,7 +143,7 @@ class Events:
     def on_non_finite(self, loop: Loop, batches: list[Batch], loss: float) -> None:
         """Writes the records of the step beside the checkpoints; stops, or goes on where the plan says skip."""
         path = self.out / f"non-finite-step-{loop.progress.step + 1}-rank-{loop.machine.rank}.jsonl"
-        rows = [{"where": w, "ids": b["input_ids"][i].tolist()} for b in batches for i, w in enumerate(b["where"])]
+        rows = [{"where": where, "ids": ids} for batch in batches for where, ids in records_of(batch)]
         path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         what = "loss" if not math.isfinite(loss) else "gradient norm"
         if self.plan.train.non_finite == "stop" or loop.progress.skipped > self.plan.train.max_skips:

@@ -15,12 +15,16 @@ from luthier.training.view import HeadSelector
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest relative difference on a random input at which a replacement counts as the same."""
 
+MARK = "_luthier_fused"
+"""Attribute of a forward function put in place here."""
+
 
 def speed_up(model: nn.Module, roles: Roles) -> dict[str, int]:
     """Fuses RMS norms and SwiGLU feed-forwards where that gives the module's own numbers. Gives how many of each.
 
     Only the forward functions of module instances are replaced: no name, parameter or hook changes, and a module of
-    another kind or with another formula stays as it is.
+    another kind or with another formula stays as it is. `slow_down` takes it back: a model handed on must not keep
+    them, since a copy of it would go on computing with the original's weights.
     """
     done = {"norms": 0, "feed_forwards": 0}
     for module in model.modules():
@@ -33,6 +37,14 @@ def speed_up(model: nn.Module, roles: Roles) -> dict[str, int]:
         ) and hasattr(module, "act_fn"):
             done["feed_forwards"] += _replace(module, _feed_forward(module), module.gate_proj.in_features)  # pyright: ignore
     return done
+
+
+def slow_down(model: nn.Module) -> int:
+    """Takes `speed_up` back; gives how many modules have their own forward again. A no-op where there are none."""
+    mine = [m for m in model.modules() if hasattr(m.__dict__.get("forward"), MARK)]
+    for module in mine:
+        del module.__dict__["forward"]
+    return len(mine)
 
 
 def _norm(module: nn.Module, eps: float) -> Callable[..., Tensor]:
@@ -63,6 +75,7 @@ def _replace(module: nn.Module, forward: Callable[..., Tensor], width: int) -> b
     own = module.forward(x)
     if float((forward(x) - own).norm()) > CLOSE.get(parameter.dtype, 0.0) * float(own.norm()):
         return False
+    setattr(forward, MARK, True)
     module.__dict__["forward"] = forward
     return True
 
@@ -71,6 +84,7 @@ class Pruner:
     """Skips position-wise work of the last layer where no loss looks: its feed-forward and its output projection.
 
     Nothing after them mixes positions, so the supervised positions' numbers and all gradients stay what they were.
+    `remove` takes the hooks off again.
     """
 
     def __init__(self, roles: Roles, model: nn.Module, selector: HeadSelector) -> None:
@@ -81,6 +95,11 @@ class Pruner:
             self.hooks.append(module.register_forward_pre_hook(self._select, prepend=True))
             self.hooks.append(module.register_forward_hook(self._scatter))
         self.shape: torch.Size | None = None
+
+    def remove(self) -> None:
+        """Takes the hooks off; the model then computes every position again."""
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         # A second input (BLOOM hands its feed-forward the residual) would stay whole: such a module is left alone.

@@ -11,30 +11,94 @@ from luthier.bases.load import Base
 from luthier.data.collate import segment_mask
 from luthier.training.view import Batch
 
+CPU_TOKENS = 1024
+"""Positions in one forward pass on a CPU, where a larger product is no faster: activations stay small."""
+
+
+ROW_KEYS = ("input_ids", "weights", "position_ids", "segments", "token_type_ids", "attention_mask")
+TARGET_KEYS = ("target_ids", "weights", "target_mask")
+"""Tensors that are as long as the rows of their mask; the mask itself comes last."""
+
 
 class Feed:
-    """Endless steps of micro-batches that never cross an epoch; its place is saved and resumed."""
+    """Endless steps of micro-batches that never cross an epoch; its place is saved and resumed.
 
-    def __init__(self, base: Base, batches: Any, accumulate: int, dtype: torch.dtype) -> None:
-        self.base, self.batches, self.accumulate, self.dtype = base, batches, accumulate, dtype
+    `at_once`: positions of one forward pass; batches with more are cut into parts of whole rows, which give the same
+    sums. None leaves batches whole.
+    """
+
+    def __init__(
+        self, base: Base, batches: Any, accumulate: int, dtype: torch.dtype, at_once: int | None = None
+    ) -> None:
+        self.base, self.batches, self.accumulate, self.dtype, self.at_once = base, batches, accumulate, dtype, at_once
 
     def __next__(self) -> Batch:
         return ready(next(self.batches), self.base, self.dtype)
 
     def step(self) -> list[Batch]:
-        """The next step's micro-batches; the last step of an epoch may have fewer."""
+        """The next step's micro-batches, in parts; the last step of an epoch may have fewer."""
         out: list[Batch] = []
-        while len(out) < self.accumulate:
-            out.append(next(self))
-            if out[-1].get("last"):
+        for _ in range(self.accumulate):
+            batch = next(self.batches)
+            out += self.parts(batch)
+            if batch.get("last"):
                 break
         return out
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """A batch of the data room, ready, in parts of at most `at_once` positions (but at least one row)."""
+        return [ready(part, self.base, self.dtype) for part in split(batch, self.at_once)]
 
     def state_dict(self) -> dict[str, Any]:
         return self.batches.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches.load_state_dict(state)
+
+
+def positions_at_once(stated: int | str | None, device: torch.device, sharded: bool) -> int | None:
+    """What train.tokens_at_once means on a machine. Sharded models gather at each forward pass, so all take as many."""
+    if sharded or stated is None:
+        return None
+    return stated if isinstance(stated, int) else CPU_TOKENS if device.type == "cpu" else None
+
+
+def split(batch: Batch, at_once: int | None) -> list[Batch]:
+    """Whole rows of a batch in parts of at most `at_once` positions, each cut to its longest row.
+
+    Sums over the parts are sums over the batch. Comparisons (pairs of rows) stay together.
+    """
+    rows, width = batch["input_ids"].shape
+    if at_once is None or rows * width <= at_once or rows < 2 or "pairs" in batch:
+        return [batch]
+    height = max(1, at_once // width)
+    records = batch["segments"].amax(1).tolist() if "segments" in batch else [1] * rows
+    out = []
+    for at in range(0, rows, height):
+        part = {k: v[at : at + height] if torch.is_tensor(v) else v for k, v in batch.items()}
+        own = {"target_mask": TARGET_KEYS} if "target_mask" in part else {}
+        for mask, names in ({"attention_mask": ROW_KEYS} | own).items():
+            names = [n for n in names if n != "weights"] if mask == "attention_mask" and own else names
+            if mask in part:
+                width = part[mask].shape[1]
+                longest = int(part[mask].sum(1).max())
+                part |= {n: part[n][:, :longest] for n in names if n in part and part[n].shape[1] == width}
+        if batch["where"]:
+            part["where"] = batch["where"][sum(records[:at]) : sum(records[: at + height])]
+        out.append(part)
+    return out
+
+
+def records_of(batch: Batch) -> list[tuple[str, list[int]]]:
+    """Where each record of a batch comes from, and its token ids."""
+    if "segments" not in batch:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [(w, batch["input_ids"][i, : lengths[i]].tolist()) for i, w in enumerate(batch["where"])]
+    places = [(i, k) for i, most in enumerate(batch["segments"].amax(1).tolist()) for k in range(1, most + 1)]
+    return [
+        (w, batch["input_ids"][i][batch["segments"][i] == k].tolist())
+        for w, (i, k) in zip(batch["where"], places, strict=False)
+    ]
 
 
 def ready(batch: Batch, base: Base, dtype: torch.dtype) -> Batch:

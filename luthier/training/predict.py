@@ -136,8 +136,9 @@ class Prediction:
     """Bytes of optimiser moments and gradients of what moves: part of step.peak."""
 
 
-def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, device: torch.device) -> Prediction:
-    """Traces forward, backward and optimiser step of `plan` on `batch` (real token ids) with a base without weights.
+def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precision, device: torch.device) -> Prediction:
+    """Traces forward, backward and optimiser step of `plan` on the parts of a batch (real token ids) with a base without
+    weights.
 
     The base's model is given fake tensors and the plan's deltas; it cannot be used for anything else afterwards.
     """
@@ -146,7 +147,7 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
     if not plan.train.compile:
         _as_fast(base)
     without_weights(model, mode, device)
-    inputs, supervised = _faked(batch, base, mode, device)
+    faked = [_faked(part, base, mode, device) for part in parts]
     with mode:
         handle = attached(model)
         for k, folder in enumerate(plan.base.deltas):
@@ -171,13 +172,15 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
     numbers = list(optimiser.names.values())
 
     def step() -> None:
-        view = View(model, inputs, selector, base.kind)
-        if supervised is not None:
-            view.__dict__["_supervised"] = supervised
-        with precision.context(device):
-            loss, count = objective(view)
-        (loss + handle.penalty() * count).backward()
-        view.__dict__.clear()
+        for inputs, supervised in faked:
+            view = View(model, inputs, selector, base.kind)
+            if supervised is not None:
+                view.__dict__["_supervised"] = supervised
+            with precision.context(device):
+                loss, count = objective(view)
+            (loss + handle.penalty() * count).backward()
+            view.__dict__.clear()
+            del loss, count
         norm = torch.nn.utils.get_total_norm([p.grad for p in numbers if p.grad is not None], foreach=True)
         if plan.train.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(numbers, plan.train.clip, norm, foreach=True)
@@ -185,7 +188,12 @@ def predict_step(plan: Plan, base: Base, batch: Batch, precision: Precision, dev
         handle.after_step()
         optimiser.torch.zero_grad(set_to_none=True)
 
-    held = [model, [e.original for t in handle.edits.values() for e in t.values()], numbers, list(inputs.values())]
+    held = [
+        model,
+        [e.original for t in handle.edits.values() for e in t.values()],
+        numbers,
+        [list(inputs.values()) for inputs, _ in faked],
+    ]
     try:
         traced = predict_peak(step, held, mode)
     except (DynamicOutputShapeException, DataDependentOutputException) as e:

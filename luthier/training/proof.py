@@ -24,12 +24,6 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 """Largest relative difference of gradients that rounding explains, by the type of the arithmetic."""
 
 
-def longest_batch(training: Training) -> Batch:
-    """The largest batch that the data may bring."""
-    size = training.plan.train.batch_size
-    return ready(training.data.longest_batch(size), training.base, training.machine.compute)
-
-
 def rehearse(training: Training) -> dict[str, Any]:
     """The longest batch through forward, backward, step, evaluation and save, at learning rate 0; nothing is left changed.
 
@@ -37,10 +31,11 @@ def rehearse(training: Training) -> dict[str, Any]:
     """
     loop, machine = training.loop, training.machine
     started, states = time.perf_counter(), checkpoint.random_states()
-    batch = longest_batch(training)
+    batch = training.data.longest_batch(training.plan.train.batch_size)
+    parts = training.events.batches.parts(batch)
     loop.machine.model.train()
     try:
-        gradients(loop, [batch])
+        gradients(loop, parts)
         loop.optimiser.set_rate(0.0)
         for p in loop.optimiser.names.values():  # what a random batch says is of no interest, only that it fits
             if p.grad is not None:
@@ -48,7 +43,7 @@ def rehearse(training: Training) -> dict[str, Any]:
         loop.optimiser.torch.step()
         loop.handle.after_step()
         with torch.no_grad(), machine.precision.context(machine.device):
-            loop.objective(loop.view(machine.to_device(batch)))
+            loop.objective(loop.view(machine.to_device(parts[0])))
         machine.reshard()
         tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:

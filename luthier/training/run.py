@@ -24,7 +24,7 @@ from luthier.plan.schema import Plan
 from luthier.training import certificate, checkpoint, proof
 from luthier.training.events import Events
 from luthier.training.fast import Pruner, speed_up
-from luthier.training.feed import Feed
+from luthier.training.feed import Feed, positions_at_once
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
 from luthier.training.machine import Machine, make_accelerator
@@ -143,7 +143,8 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         return View(machine.model, batch, selector, base.kind)
 
     batches = data.batches(plan.train.batch_size, machine.rank, machine.world)
-    feed = Feed(base, batches, plan.train.accumulate, machine.compute)
+    at_once = positions_at_once(plan.train.tokens_at_once, device, machine.sharded)
+    feed = Feed(base, batches, plan.train.accumulate, machine.compute, at_once)
     pieces.score = _scorer(plan, pieces, data, feed, machine, objective, view) if pieces.needs_gradients else None
     tensors, state = _found(plan, out, data, machine) if resume else ({}, {})
     if state:
