@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from luthier import forms
 from luthier.bases.roles import Roles
 from luthier.delta import FORMS, No
 from luthier.errors import LuthierError
@@ -38,25 +40,23 @@ MORE = [
     Case("sparse", "llama", {"entries": 9, "by": "largest"}),
 ]
 CASES = [case for name in TRAINED for case in default_cases(name)] + MORE
-RAN: set[tuple[str, str]] = set()
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_form(case: Case, check: str) -> None:
     CHECKS[check](case)
-    RAN.add((case.form, check))
 
 
-def test_every_form_met_every_check(request: pytest.FixtureRequest) -> None:
-    """Counts what ran against the registry; runs last, and only where the file was run whole."""
-    items = [i for i in request.session.items if i.name.startswith("test_form[")]
-    if len(items) < len(CASES) * len(CHECKS):
-        pytest.skip("a part of the suite was selected")
-    wanted = {(name, check) for name in FORMS if FORMS[name].at != "base" for check in CHECKS}
-    if len(RAN) < len(wanted) and hasattr(request.config, "workerinput"):
-        pytest.skip("this worker ran a part of the suite")
-    assert RAN == wanted
+def test_every_form_meets_every_check() -> None:
+    """Counts the parametrised cases of the file against the registry and the files, whatever part of it is run where."""
+    marks: list[pytest.Mark] = test_form.pytestmark  # pyright: ignore[reportFunctionMemberAccess]
+    over = {m.args[0]: list(m.args[1]) for m in marks}
+    met = {(case.form, check) for case in over["case"] for check in over["check"]}
+    assert met == {(name, check) for name in FORMS if FORMS[name].at != "base" for check in CHECKS}
+    files = {f"luthier.forms.{path.stem}" for path in Path(forms.__path__[0]).glob("[!_]*.py")}
+    assert {FORMS[name].__module__ for name in FORMS} == files
+    assert len({str(case) for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("family,form", [("t5", "prefix"), ("t5", "prompt"), ("bloom", "prefix")])
