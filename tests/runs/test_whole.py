@@ -271,6 +271,8 @@ def test_a_peft_adapter_of_it(made: Made, tmp_path: Path) -> None:
         assert back.count() == made.run.delta.count()
         assert torch.allclose(answers(luthier.load(name, [tmp_path / "back"])), made.tuned, atol=1e-5)
     report = luthier.verify(folder, base=BaseSpec.model_validate(made.plan["base"]))
+    served = next(c.detail for c in report.checks if c.name == "serving")
+    assert ("modules_to_save" in served) == (made.family == "classify"), served
     assert [c.name for c in report.failed] == (["template"] if made.kind.template else []), str(report)
 
 
