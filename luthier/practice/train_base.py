@@ -1,6 +1,6 @@
 """Trains the practice base from the generator alone: ``python -m luthier.practice.train_base``.
 
-The stable part of the schedule does not depend on the length of the run, so a run can be shortened or lengthened from
+The stable part of the schedule does not depend on the length of the run, so until it decays a run can be made shorter or longer from
 its checkpoint, and gives what a run of that length from the start would have given.
 """
 
