@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta.form import Form, No, Site, State
+from luthier.delta.header import FORMAT, OWN, read_header, site_of
 from luthier.delta.registry import FORMS
 from luthier.errors import LuthierError
 
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 1
-"""Version of the folder's layout; readers refuse a newer one."""
+__all__ = ["FORMAT", "Delta", "Piece", "digest", "read_header", "supply_attacher"]
 
 
 @dataclass
@@ -184,7 +184,8 @@ class Delta:
     def save(self, folder: str | os.PathLike[str], card: str | None = None) -> Path:
         """Writes the folder: everything to a neighbour first, then moved, so that no half-written delta is left behind.
 
-        An existing delta in `folder` is replaced file by file, `delta.json` last.
+        An existing delta in `folder` is replaced file by file, `delta.json` last; what only the earlier one had (probes,
+        files that travelled along) is then removed.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -197,16 +198,27 @@ class Delta:
                 save_file({k: v.contiguous() for k, v in self.probes.items()}, new / "probes.safetensors")
             (new / "README.md").write_text(card or _card(self), encoding="utf-8")
             for name, content in self.files.items():
+                if name in OWN:
+                    raise LuthierError(f"a file that travels along cannot be called {name}: name it otherwise")
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).write_bytes(content)
-            header = self.header() | {"digest": _file_digest(new / "delta.safetensors")}
+            header = self.header() | {
+                "digest": _file_digest(new / "delta.safetensors"),
+                "probes_digest": _file_digest(new / "probes.safetensors") if self.probes else None,
+                "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.files.items())},
+            }
             (new / "delta.json").write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             _sync(new)
+            stale = _travelling(folder) - set(self.files) | ({"probes.safetensors"} if not self.probes else set())
             folder.mkdir(exist_ok=True)
             written = sorted((p for p in new.rglob("*") if p.is_file()), key=lambda p: p.name == "delta.json")
             for path in written:
                 (folder / path.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, folder / path.relative_to(new))
+            for name in stale - {"README.md"}:
+                (folder / name).unlink(missing_ok=True)
+            for place in (folder, folder.parent):
+                _fsync(place)
         except OSError as e:
             raise LuthierError(
                 f"cannot write the delta to {folder}: {e.strerror or e}; what stood there before is whole"
@@ -234,27 +246,39 @@ class Delta:
                     piece, rest = key.split("/", 1)
                     site, group, name = rest.rsplit("/", 2)
                     tables.setdefault(piece, {}).setdefault(group, {}).setdefault(site, {})[name] = f.get_tensor(key)
-        except (SafetensorError, ValueError) as e:
+        except (SafetensorError, ValueError, OSError) as e:
             raise LuthierError(f"{path} is not a whole safetensors file ({e}): copy it again") from e
         pieces = []
         for entry in header["pieces"]:
-            sites = {key: Site(**site) for key, site in entry["sites"].items()}
-            table = tables.pop(entry["name"], {})
+            name = entry["name"]
+            sites = {key: site_of(site, folder / "delta.json", name, key) for key, site in entry["sites"].items()}
+            table = tables.pop(name, {})
+            if strangers := sorted({k for group in table.values() for k in group} - set(sites)):
+                raise LuthierError(
+                    f"{path}: piece '{name}' has tensors for {strangers[0]}, which delta.json does not name"
+                )
             p, fixed = ({k: table.get(group, {}).get(k, {}) for k in sites} for group in ("p", "fixed"))
             empty = [k for k in sites if not p[k] and not fixed[k]]
             if empty:
                 raise LuthierError(
                     f"{path}: piece '{entry['name']}' has no tensor for site {empty[0]} ({len(empty)} such sites)"
                 )
-            form = FORMS.make(entry["form"], entry["settings"])
-            pieces.append(Piece(entry["name"], form, sites, p, fixed, entry.get("scale", 1.0)))
+            try:
+                form = FORMS.make(entry["form"], entry["settings"])
+            except LuthierError as e:
+                raise LuthierError(f"{folder / 'delta.json'}: piece '{name}': {e}") from e
+            pieces.append(Piece(name, form, sites, p, fixed, entry.get("scale", 1.0)))
         if tables:
             raise LuthierError(f"{path} holds tensors of pieces that delta.json does not name: {sorted(tables)}")
-        probes = {}
-        if (folder / "probes.safetensors").exists():
-            with safe_open(folder / "probes.safetensors", "pt") as f:
-                probes = {k: f.get_tensor(k) for k in f.keys()}
-        return cls(pieces, header["base"], header["lineage"], header.get("audit", {}), header.get("seals", {}), probes)
+        return cls(
+            pieces,
+            header["base"],
+            header["lineage"],
+            header.get("audit", {}),
+            header.get("seals", {}),
+            _probes(folder, header),
+            {name: _along(folder, name, stated) for name, stated in header.get("files", {}).items()},
+        )
 
     # -- on a model (the attach room supplies these two at import, since it stands above this one)
 
@@ -275,28 +299,6 @@ def supply_attacher(**functions: Callable[..., Any]) -> None:
     _ATTACHER.update(functions)
 
 
-def read_header(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """delta.json of a folder, checked for format. No tensor is read."""
-    path = Path(folder) / "delta.json"
-    if not path.exists():
-        hint = (
-            "it is a PEFT folder: use 'luthier import'"
-            if (Path(folder) / "adapter_config.json").exists()
-            else "give a delta folder"
-        )
-        raise LuthierError(f"{folder} holds no delta.json: {hint}")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise LuthierError(f"{path} is not JSON ({e}): copy the folder again") from e
-    missing = {"format", "base", "pieces", "lineage"} - set(header)
-    if missing:
-        raise LuthierError(f"{path} lacks {sorted(missing)}: not a delta of this project, or altered")
-    if header["format"] > FORMAT:
-        raise LuthierError(f"{path} has format {header['format']}, this version reads up to {FORMAT}: upgrade luthier")
-    return header
-
-
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 (first 16 hex digits) of named tensors, in the order given."""
     h = hashlib.sha256()
@@ -311,13 +313,55 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _probes(folder: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The probes that delta.json speaks of; a file it does not speak of was left by another delta."""
+    path = folder / "probes.safetensors"
+    stated = header.get("probes_digest")
+    if stated is None and ("probes_digest" in header or not path.exists()):
+        return {}
+    if not path.exists():
+        raise LuthierError(f"{path} is missing: the delta folder is incomplete; copy it again")
+    try:
+        if stated is not None and _file_digest(path) != stated:
+            raise LuthierError(
+                f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again"
+            )
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, ValueError, OSError) as e:
+        raise LuthierError(f"{path} is not a whole safetensors file ({e}): copy it again") from e
+
+
+def _along(folder: Path, name: str, stated: str) -> bytes:
+    """A file that travels along."""
+    try:
+        content = (folder / name).read_bytes()
+    except OSError as e:
+        raise LuthierError(f"{folder / name} cannot be read ({e.strerror}): copy the delta again") from e
+    if hashlib.sha256(content).hexdigest() != stated:
+        raise LuthierError(f"{folder / name} is altered (its digest is not the one in delta.json): copy it again")
+    return content
+
+
+def _travelling(folder: Path) -> set[str]:
+    """Files that travel along with the delta that stands in a folder; none where there is no readable one."""
+    try:
+        return set(read_header(folder).get("files", {}))
+    except LuthierError:
+        return set()
+
+
 def _sync(folder: Path) -> None:
     for path in [p for p in folder.rglob("*") if p.is_file()]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _card(delta: Delta) -> str:
