@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,15 +127,6 @@ def seals_of(handle: Any) -> dict[str, list[float]]:
                 kinds += [kind] if kind not in kinds else []
                 piece = name if kind == kinds[0] else f"{name}-{kind}"
             out[f"{piece}/{key}"] = project(_turned(change, edit.module))
-    return out
-
-
-def seals_of_pieces(pieces: list[Piece], weights: Callable[[Any], Tensor] | None = None) -> dict[str, list[float]]:
-    """Seals without a model; `weights` gives a site's weight [d_out, d_in] to forms that read it."""
-    out: dict[str, list[float]] = {}
-    for piece in pieces:
-        for key, s in zip(piece.sites, piece.states(weights), strict=True):
-            out[f"{piece.name}/{key}"] = seal(piece.form, s, piece.scale)
     return out
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -45,11 +44,6 @@ class Flips:
 def mean(means: np.ndarray) -> np.ndarray:
     """The statistic of one column: its mean."""
     return means[..., 0]
-
-
-def difference(means: np.ndarray) -> np.ndarray:
-    """The statistic of two columns: second minus first."""
-    return means[..., 1] - means[..., 0]
 
 
 def bootstrap(
@@ -119,11 +113,6 @@ def _bca(point: float, drawn: np.ndarray, jackknife: np.ndarray, level: float) -
         ends.append(_NORMAL.cdf(bias + (bias + z) / max(1 - bend * (bias + z), 1e-6)))
     low, high = np.quantile(drawn, ends)
     return float(low), float(high)
-
-
-def paired_difference(before: Numbers, after: Numbers, *, weights: Numbers | None = None, **options: Any) -> Interval:
-    """After minus before over the same items, with the interval of the pairs (options as of `bootstrap`)."""
-    return bootstrap(np.column_stack([before, after]), difference, weights=weights, **options)
 
 
 def flips(before: Numbers, after: Numbers, threshold: float = 0.5) -> Flips:

@@ -10,7 +10,6 @@ import torch
 
 from luthier.bases.fingerprint import fingerprint_tokenizer
 from luthier.bases.load import load_base
-from luthier.bases.names import checkpoint_names, to_checkpoint
 from luthier.bases.tokens import add_tokens, choose_pad
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
@@ -246,22 +245,6 @@ def test_a_device_that_is_not_there(saved):
         pytest.skip("a GPU is here")
     with pytest.raises(LuthierError, match="not available"):
         load_base(spec(saved("llama")), device="cuda")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_names_on_disk(saved, family):
-    """Every tensor of the file is named once, and the numbers under its name are those of the file."""
-    from safetensors.torch import load_file
-
-    model = tiny(family)
-    names = checkpoint_names(model)
-    assert set(names) == {n for n, _ in model.named_parameters()}
-    stored = load_file(saved(family) / "model.safetensors")
-    assert sorted(n for several in names.values() for n in several) == sorted(stored)
-    values = to_checkpoint(model, dict(model.named_parameters()))
-    assert all(torch.equal(values[name], stored[name]) for name in stored)
-    if family == "mixtral":
-        assert len(names["model.layers.0.mlp.experts.gate_up_proj"]) == 8
 
 
 def test_logits_do_not_change(saved):

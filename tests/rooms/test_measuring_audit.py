@@ -14,7 +14,7 @@ from luthier.errors import LuthierError
 from luthier.measuring import forward
 from luthier.measuring.audit import audit
 from luthier.measuring.checks import ACCURACY, LOSS, PERPLEXITY, Metric, compare
-from luthier.measuring.cost import Cost, Watch, folder_bytes, moved
+from luthier.measuring.cost import Watch, folder_bytes
 from luthier.measuring.drift import drift, own_text, starts
 from luthier.measuring.items import Item, Response
 from luthier.measuring.norms import Change, norms
@@ -321,14 +321,6 @@ def test_norms_by_hand():
 
 
 def test_cost_counts(tmp_path):
-    model = tiny("llama")
-    for p in model.parameters():
-        p.requires_grad_(False)
-    model.get_output_embeddings().weight.requires_grad_(True)
-    head = model.get_output_embeddings().weight.numel()
-    model.luthier = torch.nn.Linear(3, 5)
-    total = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("luthier"))
-    assert moved(model) == (head + 20, total)
     (tmp_path / "sub").mkdir()
     (tmp_path / "a").write_bytes(b"x" * 10)
     (tmp_path / "sub" / "b").write_bytes(b"x" * 5)
@@ -336,4 +328,3 @@ def test_cost_counts(tmp_path):
     with Watch() as watch:
         pass
     assert watch.seconds >= 0
-    assert Cost(2.0, tokens=100).to_dict() == {"seconds": 2.0, "tokens": 100, "tokens_per_second": 50.0}
