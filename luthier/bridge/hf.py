@@ -42,7 +42,7 @@ def export_hf(
         raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
     on = target(base)
     handle = delta if isinstance(delta, Attached) else delta.apply(on.model)
-    own = delta if isinstance(delta, Delta) else Delta(list(handle.pieces.values()))
+    own = delta if isinstance(delta, Delta) else handle.delta(on.items)
     checks: list[Check] = []
     undo, switched = [], []
     try:

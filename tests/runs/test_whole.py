@@ -21,6 +21,9 @@ from transformers import (
 
 import luthier
 from luthier.attach import attached
+from luthier.bases.load import load_base
+from luthier.bridge.hf import export_hf
+from luthier.bridge.target import target
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
 from luthier.verbs import export, import_, inspect
@@ -283,3 +286,17 @@ def test_it_can_be_measured_again(made: Made, tmp_path: Path) -> None:
     (first,) = made.run.report["audit"]["target"]
     assert {k: check[k] for k in ("before", "after")} == {k: first[k] for k in ("before", "after")}
     assert (tmp_path / "audit" / "report.html").exists()
+
+
+def test_a_handle_is_exported_as_it_stands(world: World, tmp_path: Path) -> None:
+    """Moved parameters that are no piece yet are in the checkpoint and on its card too."""
+    on = target(load_base(str(world.base())))
+    handle = attached(on.model)
+    handle.move("moved", {"model.norm.weight": None, "lm_head.weight": torch.arange(5)})
+    with torch.no_grad():
+        for _, value in handle.trained()["moved"]:
+            value.add_(0.25)
+    tuned = answers(on.model)
+    export_hf(on, handle, tmp_path / "hf")
+    assert torch.allclose(answers(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()), tuned, atol=1e-5)
+    assert "A delta of 37 numbers" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
