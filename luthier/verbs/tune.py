@@ -30,6 +30,7 @@ from luthier.training.certificate import versions
 from luthier.training.checkpoint import latest
 from luthier.training.lock import locked
 from luthier.training.run import Training, build, plain, signals
+from luthier.verbs.push import push
 
 
 @dataclass
@@ -252,19 +253,3 @@ def _tokenizer_files(training: Training) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         training.base.tokenizer.save_pretrained(folder)
         return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
-
-
-def push(folder: Path, repository: str) -> None:
-    """Uploads the delta and its report (no checkpoints) to the hub."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=["checkpoints/*", ".lock", "logs/*"])
-    except (HfHubHTTPError, OSError) as e:
-        first = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise LuthierError(
-            f"push_to {repository} failed ({first}): the delta is whole in {folder}; log in with 'hf auth login'"
-        ) from e
