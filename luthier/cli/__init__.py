@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         except BrokenPipeError:  # the reader of a pipe left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
+        except OSError as e:  # a disk, a permission, a network: what the system says, and of which file
+            of = f"{e.filename}: " if e.filename else ""
+            code = _fail(f"{of}{e.strerror or e}: mend that, then run the command again (LUTHIER_TRACE=1 shows where)")
     else:
         code = _run(argv)
     raise SystemExit(code)

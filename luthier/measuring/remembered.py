@@ -7,6 +7,7 @@ base's fingerprint and dtype, the token ids asked, what was asked, and the versi
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -17,6 +18,7 @@ from typing import Any
 from luthier.measuring.items import Item, Response
 
 _FORMAT = 1
+LOG = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path | None:
@@ -28,7 +30,8 @@ def cache_folder() -> Path | None:
 def remembered(
     folder: Path | None, base: str, asked: dict[str, Any], items: Sequence[Item], run: Callable[[], list[Response]]
 ) -> tuple[list[Response], bool]:
-    """The responses, and whether they were read instead of made. A file that cannot be read as such is made anew."""
+    """The responses, and whether they were read instead of made. A file that cannot be read as such is made anew; one
+    that cannot be written is told of, and costs only the next audit its time."""
     if folder is None or not base:
         return run(), False
     path = folder / f"{_key(base, asked, items)}.json"
@@ -36,10 +39,13 @@ def remembered(
     if kept is not None:
         return kept, True
     made = run()
-    folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps([r.to_dict() for r in made]), encoding="utf-8")
-    os.replace(part, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps([r.to_dict() for r in made]), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as e:
+        LOG.warning("LUTHIER_CACHE: %s cannot be written (%s): the base is asked anew each time", folder, e.strerror)
     return made, False
 
 

@@ -14,8 +14,12 @@ from luthier.errors import LuthierError
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder's lock; the system frees it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as f:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as e:
+        raise LuthierError(f"{folder} cannot be written to ({e.strerror}): choose another --out") from e
+    with file as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:

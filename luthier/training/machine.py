@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from luthier.attach.attached import HANDLE, Attached
 from luthier.attach.edits import Edit
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, nearest
 from luthier.training.precision import Precision
 from luthier.training.view import Batch
 
@@ -170,21 +170,39 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def make_accelerator(fsdp: bool, device: torch.device, report_to: list[str], out: Path) -> Accelerator:
+def make_accelerator(
+    fsdp: bool, device: torch.device, report_to: list[str], out: Path, config: Mapping[str, Any] | None = None
+) -> Accelerator:
     """The accelerator of this process, with its trackers; the world size is checked against the launcher's.
 
+    config: what the trackers are told of the run (its plan); tables are flattened to 'train.lr', lists to text.
     accelerate has no FSDP for CPUs and silently takes DDP instead, so the distributed type is set after construction.
     """
     world = launched()
     cpu = device.type == "cpu"
+    trackers = ("tensorboard", "wandb", "mlflow", "trackio")
     for tracker in report_to:
+        if tracker not in trackers:
+            raise LuthierError(
+                f"train.report_to: no tracker is called '{tracker}': {nearest(tracker, trackers, 'tracker')}"
+            )
         if find_spec(tracker) is None:
             raise LuthierError(f"train.report_to: {tracker} is not installed: pip install 'luthier[{tracker}]'")
     accelerator = Accelerator(
         cpu=cpu, log_with=list(report_to) or None, project_dir=str(out / "logs") if report_to else None
     )
     if report_to:
-        accelerator.init_trackers("luthier")
+
+        def flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+            out: dict[str, Any] = {}
+            for key, value in table.items():
+                if isinstance(value, Mapping):
+                    out |= flat(value, f"{before}{key}.")
+                else:
+                    out[before + key] = value if isinstance(value, bool | int | float | str) else str(value)
+            return out
+
+        accelerator.init_trackers("luthier", config=flat(config) if config else None)
     if accelerator.num_processes != world:
         raise LuthierError(
             f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}: "
