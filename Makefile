@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$(PYTHON)" -m venv .venv || { rm -rf .venv; \
 	    echo "$(PYTHON) cannot make a virtual environment: install its venv package (python3-venv on Debian and Ubuntu)" >&2; exit 2; }; \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 'pyright[nodejs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 test: $(STAMP) ## every test, on two cores

@@ -118,7 +118,8 @@ def _short(value: Any) -> str:
 def proof(found: Any) -> bool:
     """Checks of a verification, one a line with its remedy; gives whether all hold."""
     for check in found.checks:
-        out().print("✓" if check.ok else "✗", style="green" if check.ok else "bold red", end=" ")
+        mark, style = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}[check.ok]
+        out().print(mark, style=style, end=" ")
         plain(f"{check.name}: {check.detail}")
     plain("verified" if found.ok else "not verified")
     return bool(found.ok)

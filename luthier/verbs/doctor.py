@@ -20,6 +20,7 @@ EXTRAS = {
     "pyarrow": "data",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "mlflow": "mlflow",
     "trackio": "trackio",
 }
 """Optional package -> the extra that brings it."""

@@ -243,3 +243,40 @@ def test_the_demo_can_be_run_again_and_spares_what_is_not_its_own(
     assert call("demo", "--out", str(notes)) == 2
     assert "is not the report of an earlier demo" in capsys.readouterr().err
     assert (notes / "README.md").read_text() == "mine" and len(seen) == 3
+
+
+def test_a_check_that_could_not_be_made_is_neither_yes_nor_no(capsys: pytest.CaptureFixture[str]) -> None:
+    from luthier.bridge.proof import Check, Report
+    from luthier.cli.show import proof
+
+    checks = [Check("a", True, "x"), Check("b", None, "y"), Check("c", False, "z")]
+    assert not proof(Report("p", "delta", checks))
+    assert [row[0] for row in capsys.readouterr().out.splitlines()[:3]] == ["✓", "·", "✗"]
+
+
+def test_doctor_names_every_tracker() -> None:
+    from luthier.verbs.doctor import EXTRAS
+
+    assert {"tensorboard", "wandb", "mlflow", "trackio"} <= set(EXTRAS)
+
+
+def test_what_the_package_imports_it_declares() -> None:
+    """Every import of a distribution stands in the dependencies, or in the extras."""
+    import ast
+    import tomllib
+
+    root = Path(__file__).resolve().parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(row for rows in project["optional-dependencies"].values() for row in rows)]
+    known = {"".join(c for c in row.split(">")[0].split("[")[0]).strip() for row in lines} - {"luthier"}
+    known = {{"pyyaml": "yaml"}.get(name, name) for name in known}
+    known |= {"pydantic_core", "markupsafe"}  # pydantic's and jinja2's own halves
+    files = list((root / "luthier").rglob("*.py"))
+    used: dict[str, str] = {}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            used |= {name.partition(".")[0]: path.name for name in names}
+    own = {"luthier", "__future__", *sys.stdlib_module_names}
+    assert len(files) > 100 and not {k: v for k, v in used.items() if k not in own | known}
