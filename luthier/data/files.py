@@ -74,7 +74,15 @@ def lines(path: Path, byte: int = 0) -> Iterator[tuple[bytes, int]]:
             raise LuthierError(f"{path}: broken compressed file ({e}); write it again") from e
 
 
+def decoded_lines(path: Path) -> Iterator[str]:
+    """Lines as text with their ends, one at a time; a lone carriage return ends a line too."""
+    for number, (line, after) in enumerate(lines(path), 1):
+        text = decoded(line, path, number, after - len(line))
+        yield from io.StringIO(text, newline="") if "\r" in text[:-2] else (text,)
+
+
 def whole(path: Path) -> str:
+    """A whole file as text: for .json arrays, which are held in memory while they are read."""
     data = b"".join(line for line, _ in lines(path))
     if not data.strip():
         raise LuthierError(f"{path} is empty: give a file with records in it")
@@ -123,7 +131,10 @@ def filled_lines(path: Path, pattern: re.Pattern[str] | None) -> int:
 
 
 def json_rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None) -> Iterator[Raw]:
-    """A .json file: an array of objects, or one object a line (JSON Lines under another name)."""
+    """A .json file: an array of objects, or one object a line (JSON Lines under another name).
+
+    An array is read whole: its memory grows with the file. Large data belongs in .jsonl, which is read by the line.
+    """
     if one_object_a_line(path):
         yield from jsonl_rows(path, row, byte, pattern)
         return
@@ -209,15 +220,15 @@ def text_count(path: Path, pattern: re.Pattern[str] | None) -> int:
 
 
 def separated(delimiter: str) -> Reader:
-    """Values with a header line; a row with another number of cells than the header is an error."""
+    """Values with a header line, read a line at a time; a row with another number of cells than the header is an error."""
 
     def rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None) -> Iterator[Raw]:
         csv.field_size_limit(min(sys.maxsize, 1 << 31 - 1))
-        reader = csv.reader(
-            io.StringIO(whole(path).removeprefix("\ufeff"), newline=""), delimiter=delimiter, strict=True
-        )
+        reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
         try:
-            header, index = next(reader), 0
+            header, index = next((cells for cells in reader if any(map(str.strip, cells))), None), 0
+            if header is None:
+                raise LuthierError(f"{path} is empty: give a file with records in it")
             for cells in reader:
                 if not cells:
                     continue

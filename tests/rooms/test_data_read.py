@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ BROKEN = {
     "cut.json": (b'[{"text": "a"},\n {"text": }]', r"cut.json:2: broken JSON"),
     "empty.json": (b"[]", "empty array"),
     "cells.csv": (b"text,label\na,1\nb\n", r"cells.csv:3: 1 cells where the header has 2"),
+    "blank.csv": (b"\n  \n", "blank.csv is empty"),
     "quote.csv": (b'text\n"a\n', r"quote.csv:2: broken table"),
     "no.parquet": (b"PAR1 nothing", "is no Parquet file"),
     "bad.jsonl.gz": (b"\x1f\x8b\x08 broken", "broken compressed file"),
@@ -136,6 +138,42 @@ def test_broken_files_are_one_line_with_the_place(name: str, tmp_path: Path) -> 
     with pytest.raises(LuthierError, match=message) as e:
         list(read(source(tmp_path / name)))
     assert "\n" not in str(e.value)
+
+
+TABLES = {
+    "plain": b"a,b\n1,2\n3,4\n",
+    "windows": b"a,b\r\n1,2\r\n3,4\r\n",
+    "carriage returns": b"a,b\r1,2\r3,4\r",
+    "byte order mark": b"\xef\xbb\xbfa,b\n1,2\n3,4",
+    "blank lines": b"\na,b\n\n1,2\n\n3,4\n\n",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_every_line_end_read_the_same(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(TABLES[name])
+    rows = list(READERS[".csv"].rows(tmp_path / "a.csv", 0, 0, None))
+    assert [r.fields for r in rows] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+    assert [r.fields for r in READERS[".csv"].rows(tmp_path / "a.csv", 1, 0, None)] == [{"a": "3", "b": "4"}]
+
+
+def test_cells_keep_the_line_ends_within_them(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes('a\tb\n"1\n2\r\n3\r4"\té\n5\t6\n'.encode())
+    rows = list(READERS[".tsv"].rows(tmp_path / "a.tsv", 0, 0, None))
+    assert [r.fields for r in rows] == [{"a": "1\n2\r\n3\r4", "b": "é"}, {"a": "5", "b": "6"}]
+    assert READERS[".tsv"].count(tmp_path / "a.tsv", None) == 2
+
+
+def test_a_large_table_is_read_in_constant_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n" + f"{'x' * 200},{'y' * 200}\n" * 10_000)
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in READERS[".csv"].rows(path, 0, 0, None))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 10_000 and path.stat().st_size > 4e6 and peak < 5e5
 
 
 def test_missing_things_name_the_nearest(tmp_path: Path) -> None:
