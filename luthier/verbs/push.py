@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from luthier.delta.header import read_header
 from luthier.errors import LuthierError
@@ -53,7 +54,7 @@ def _told(what: str, remedy: str) -> Iterator[None]:
     """Whatever the hub, the network or the disk says, in one line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    transport = HfHubHTTPError.__mro__[1]  # the HTTPError of the library that the hub's client speaks with
+    transport: Any = HfHubHTTPError.__mro__[1]  # the HTTPError of the library that the hub's client speaks with
     try:
         yield
     except (transport, HFValidationError, OSError) as e:
