@@ -42,7 +42,8 @@ demo: $(STAMP) ## tune the practice base and look at the report, in minutes
 	$(BIN)/luthier demo
 
 practice-base: $(STAMP) ## train the practice base anew from its own generator
-	$(BIN)/python -m luthier.practice.train_base
+	$(BIN)/python -m luthier.practice.train_base --install
+	$(BIN)/python -m luthier.practice.card
 
 bench: $(STAMP) ## speed and memory beside other trainers
 	$(BIN)/python benchmarks/train.py

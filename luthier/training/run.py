@@ -23,7 +23,7 @@ from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training import certificate, checkpoint, proof
 from luthier.training.events import Events
-from luthier.training.fast import Pruner, speed_up
+from luthier.training.fast import Pruner, slow_down, speed_up
 from luthier.training.feed import Feed, positions_at_once
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
@@ -51,6 +51,7 @@ class Training:
     loop: Loop
     out: Path
     events: Events
+    fitted: Fitted
     record: dict[str, Any] = field(default_factory=dict)
     """What happened, for the report: rehearsal, known answers, certificate, peak memory."""
 
@@ -63,6 +64,7 @@ class Training:
             self.events.finish(self.loop)
         finally:
             self.events.close(self.loop)
+        self.fitted.remove()
         self.record["peak_memory"] = peak_memory(self.machine.device)
         return progress
 
@@ -123,7 +125,9 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     """Loads the base and the data, attaches the deltas, proves what can be proven, and resumes if asked."""
     torch.manual_seed(plan.train.seed)
     set_malloc()
-    accelerator = make_accelerator(plan.train.fsdp, choose_device(None), plan.train.report_to, out)
+    accelerator = make_accelerator(
+        plan.train.fsdp, choose_device(None), plan.train.report_to, out, plan.model_dump(mode="json", by_alias=True)
+    )
     device = accelerator.device
     precision, spec = precision_of(plan, has_bf16(device))
     base = load_base(spec, device=device, seed=plan.train.seed)
@@ -132,7 +136,8 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     data = prepare(plan.data, base.tokenizer, kind=base.kind, labels=plan.base.labels, seed=plan.train.seed)
     _check(plan, data)
     pieces = _attach(plan, base)
-    selector, fused = _fit(plan, base)
+    fitted = _fit(plan, base)
+    selector = fitted.selector
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
     objective = OBJECTIVES.make(
         OBJECTIVE_OF.get((plan.objective.name, base.kind), plan.objective.name), plan.objective.settings
@@ -165,12 +170,12 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         plan.train, steps_of(plan, data, machine.world), machine, pieces.handle, optimiser, objective, view, feed.step,
         Progress(), events.on_step, events.on_non_finite,
     )  # fmt: skip
-    training = Training(plan, base, data, pieces.handle, pieces, machine, loop, out, events)
+    training = Training(plan, base, data, pieces.handle, pieces, machine, loop, out, events, fitted)
     training.record |= {
         "precision": precision.report(),
         "full_fingerprint": whole,
         "world": machine.world,
-        "fused": fused,
+        "fused": fitted.fused,
         "wrapper": type(machine.model).__name__,
     }
     _prove(training, tensors, state)
@@ -202,7 +207,25 @@ def _attach(plan: Plan, base: Base) -> Pieces:
     return pieces
 
 
-def _fit(plan: Plan, base: Base) -> tuple[HeadSelector | None, dict[str, int]]:
+@dataclass
+class Fitted:
+    """What was put on the base's forward pass for training's sake, and can be taken off again."""
+
+    model: Any
+    selector: HeadSelector | None
+    pruner: Pruner | None = None
+    fused: dict[str, int] = field(default_factory=dict)
+
+    def remove(self) -> None:
+        """Leaves the model with the deltas alone."""
+        slow_down(self.model)
+        if self.pruner:
+            self.pruner.remove()
+        if self.selector:
+            self.selector.hook.remove()
+
+
+def _fit(plan: Plan, base: Base) -> Fitted:
     """Makes the base's forward pass what the plan wants: recomputed, compiled, or fused and pruned."""
     head = base.model.get_output_embeddings() if base.kind != "classify" else None
     selector = HeadSelector(head) if head is not None else None
@@ -210,11 +233,10 @@ def _fit(plan: Plan, base: Base) -> tuple[HeadSelector | None, dict[str, int]]:
         _checkpoint_activations(base.model)
     if plan.train.compile:
         base.model.compile(dynamic=True)
-        return selector, {}
+        return Fitted(base.model, selector)
+    prunes = selector is not None and base.kind == "causal" and not plan.train.checkpointing
     fused = speed_up(base.model, base.roles)
-    if selector is not None and base.kind == "causal" and not plan.train.checkpointing:
-        Pruner(base.roles, base.model, selector)
-    return selector, fused
+    return Fitted(base.model, selector, Pruner(base.roles, base.model, selector) if prunes else None, fused)
 
 
 def _found(plan: Plan, out: Path, data: Any, machine: Machine) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from luthier.attach import Attached
 from luthier.attach.weights import module_at
 from luthier.bases.fingerprint import base_tensors
+from luthier.bridge.target import logits_of
 from luthier.delta import No
 from luthier.delta.artefact import Delta
 from luthier.delta.probes import check_probes, record_probes
@@ -30,7 +30,7 @@ from luthier.training.certificate import versions
 from luthier.training.checkpoint import latest
 from luthier.training.lock import locked
 from luthier.training.run import Training, build, plain, signals
-from luthier.verbs.push import push
+from luthier.verbs.push import check_push, push
 
 
 @dataclass
@@ -71,6 +71,8 @@ def tune(
         from luthier.verbs.dry_run import dry_run as predict
 
         return predict(plan)
+    if plan.push_to:
+        check_push(plan.push_to)
     folder = Path(out)
     begun = folder.is_dir()
     first = int(os.environ.get("RANK", "0")) == 0
@@ -103,8 +105,7 @@ def _finish(training: Training, folder: Path) -> Run:
     parameters = sum(t.numel() for _, t in base_tensors(base.model))
     training.machine.unshard()  # after the state dict above, which would shard again
     delta.seals = seals_of(handle)
-    if base.kind == "causal":
-        delta.probes = _probes(training)
+    delta.probes = _probes(training)
     if not training.machine.first:
         return Run(delta, folder, {})
     delta.files |= _tokenizer_files(training)
@@ -134,21 +135,13 @@ class _Without:
         return self.handle.off(keep=self.parents)
 
 
-def _logits(model: Any) -> Any:
-    @torch.no_grad()
-    def run(ids: Tensor) -> Tensor:
-        return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
-
-    return run
-
-
 def _probes(training: Training) -> dict[str, Tensor]:
     """Base and tuned logits on fixed inputs, and on the beginnings of the first records."""
     from luthier.training.proof import first_rows
 
     model, handle = training.base.model, training.handle
     model.eval()
-    run = _logits(model)
+    run = logits_of(model)
 
     def off(ids: Tensor) -> Tensor:
         with handle.off():
@@ -201,7 +194,7 @@ def _report(training: Training, delta: Delta, found: Audit, folder: Path, parame
     if "resume_certificate" in record:
         proof["resume_certificate"] = record["resume_certificate"]
     if delta.probes:
-        verdict = check_probes(delta.probes, _logits(base.model))
+        verdict = check_probes(delta.probes, logits_of(base.model))
         proof["probes"] = {"ok": verdict.ok, "reason": verdict.reason, "gap": verdict.gap}
     return {
         "plan": training.plan.model_dump(mode="json", by_alias=True),
