@@ -187,7 +187,7 @@ class Attached:
         for old in found:
             old.name = f"{piece}-start"
             self.add(old)
-            self.pieces.pop(old.name), self.placed.pop(old.name)
+            del self.pieces[old.name], self.placed[old.name]
             table |= self.edits.pop(old.name)
         for edit in table.values():
             edit.piece = piece

@@ -73,7 +73,7 @@ def gradients(loop: Loop, batches: list[Batch]) -> tuple[float, float]:
     total, weight = loop.machine.sum(total, weight)
     scale = loop.machine.world / weight if weight else 0.0
     grads = [p.grad for p in loop.optimiser.names.values() if p.grad is not None]
-    torch._foreach_mul_(grads, scale)
+    torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
     return total, weight
 
 

@@ -88,7 +88,8 @@ class Pieces:
             raise LuthierError(
                 f"delta '{name}' is a {spec.form}, but start_from {spec.start_from} holds {FORMS.name_of(type(piece.form))}"
             )
-        other = [k for k in spec.settings if getattr(FORMS.make(spec.form, spec.settings), k) != getattr(piece.form, k)]
+        stated = FORMS.make(spec.form or "", spec.settings)
+        other = [k for k in spec.settings if getattr(stated, k) != getattr(piece.form, k)]
         other += [k for k, v in (("sites", spec.sites), ("except", spec.except_), ("layers", spec.layers)) if v]
         if other:
             raise LuthierError(

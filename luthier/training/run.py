@@ -234,9 +234,10 @@ def _fit(plan: Plan, base: Base) -> Fitted:
     if plan.train.compile:
         base.model.compile(dynamic=True)
         return Fitted(base.model, selector)
-    prunes = selector is not None and base.kind == "causal" and not plan.train.checkpointing
     fused = speed_up(base.model, base.roles)
-    return Fitted(base.model, selector, Pruner(base.roles, base.model, selector) if prunes else None, fused)
+    if selector is None or base.kind != "causal" or plan.train.checkpointing:
+        return Fitted(base.model, selector, None, fused)
+    return Fitted(base.model, selector, Pruner(base.roles, base.model, selector), fused)
 
 
 def _found(plan: Plan, out: Path, data: Any, machine: Machine) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
