@@ -253,7 +253,7 @@ def test_a_plain_checkpoint_of_it(made: Made, tmp_path: Path, capfd: pytest.Capt
     assert report.ok, str(report)
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_peft_adapter_of_it(made: Made, tmp_path: Path) -> None:
     """PEFT gives the tuned logits, and luthier reads the folder back to the same."""
     folder = exported(made, "peft", tmp_path / "peft")
