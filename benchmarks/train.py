@@ -90,6 +90,13 @@ def plan_of(folder: Path, what: str, kind: str, length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def import_the_model() -> None:
+    """What both sides import only when they load the model, so that it counts as imports on both."""
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    assert LlamaForCausalLM and PreTrainedTokenizerFast
+
+
 def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> dict[str, Any]:
     import torch
 
@@ -97,6 +104,7 @@ def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> 
     from luthier.plan.load import load_plan
     from luthier.training.run import build
 
+    import_the_model()
     imported = resident_memory()
     plan = load_plan(plan_of(folder, what, kind, length))
     training = build(plan, folder / f"out-{os.getpid()}", progress=False)
@@ -137,6 +145,7 @@ def trl_arm(folder: Path, what: str, kind: str, how: str, length: int, gpu: bool
     from luthier.bases.hardware import peak_memory, reset_peak, resident_memory, set_malloc, synchronise
 
     set_malloc()
+    import_the_model()
     imported = resident_memory()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16 if gpu else torch.float32)

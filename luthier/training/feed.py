@@ -11,7 +11,7 @@ from luthier.bases.load import Base
 from luthier.data.collate import segment_mask
 from luthier.training.view import Batch
 
-CPU_TOKENS = 1024
+CPU_TOKENS = 512
 """Positions in one forward pass on a CPU, where a larger product is no faster: activations stay small."""
 
 
