@@ -82,7 +82,7 @@ def main() -> None:
     from luthier.training.certificate import versions
 
     result = {
-        "command": "python benchmarks/methods.py",
+        "command": f"python benchmarks/methods.py --steps {args.steps}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": versions(),
         "methods": table,
