@@ -80,7 +80,7 @@ def plan(folder: Path, **sections: object) -> dict:
         "base": str(folder / "base"),
         "data": {"train": {"path": str(folder / "records.jsonl")}, "max_length": 512, "cache": False},
         "delta": [{"form": "lora", "rank": 8}],
-        "train": {"steps": 2, "batch_size": 8, "precision": "fp32"},
+        "train": {"steps": 2, "batch_size": 8, "precision": "fp32", "tokens_at_once": 4096},
         "audit": {"enabled": False},
         **sections,
     }
