@@ -18,5 +18,6 @@ def nearest(word: str, known: Iterable[str], what: str = "name") -> str:
     """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, 1, 0.5)
-    listed = f"{what}s: {', '.join(names) or 'none'}"
+    plural = what + ("es" if what.endswith(("s", "x", "ch")) else "s")
+    listed = f"{plural}: {', '.join(names) or 'none'}"
     return f"did you mean '{close[0]}'? ({listed})" if close else listed

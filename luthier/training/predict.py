@@ -31,6 +31,7 @@ from luthier.training.fast import Pruner, speed_up
 from luthier.training.groups import make_optimiser
 from luthier.training.pieces import Pieces
 from luthier.training.precision import Precision
+from luthier.training.run import OBJECTIVE_OF, checkpoint_activations
 from luthier.training.view import Batch, HeadSelector, View
 
 FILLER = 1 << 20
@@ -158,13 +159,12 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
         pieces.attach(plan.delta)
     _draw(pieces, mode)
     if plan.train.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     head = model.get_output_embeddings() if base.kind != "classify" else None
     selector = HeadSelector(head) if head is not None else None
     if selector is not None and base.kind == "causal" and not (plan.train.compile or plan.train.checkpointing):
         Pruner(base.roles, model, selector)
-    name = "classification" if base.kind == "classify" and plan.objective.name == "sft" else plan.objective.name
+    name = OBJECTIVE_OF.get((plan.objective.name, base.kind), plan.objective.name)
     objective = OBJECTIVES.make(name, plan.objective.settings)
     with mode:
         optimiser = make_optimiser(handle, plan.train, pieces.rates)

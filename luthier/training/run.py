@@ -230,7 +230,7 @@ def _fit(plan: Plan, base: Base) -> Fitted:
     head = base.model.get_output_embeddings() if base.kind != "classify" else None
     selector = HeadSelector(head) if head is not None else None
     if plan.train.checkpointing:
-        _checkpoint_activations(base.model)
+        checkpoint_activations(base.model)
     if plan.train.compile:
         base.model.compile(dynamic=True)
         return Fitted(base.model, selector)
@@ -268,7 +268,7 @@ def _prove(training: Training, tensors: dict[str, torch.Tensor], state: dict[str
     record["resume_certificate"] = certificate.check(loop, events.batches, state)
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """By the name that transformers gives it from 5.20 on, or the older one."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
