@@ -12,11 +12,12 @@ import luthier
 HOUSE = [
     {"errors", "plan", "papers", "parts", "assets", "delta"},
     {"bases", "data"},
-    {"forms", "choices", "inits", "objectives", "optimisers"},
+    {"forms", "choices", "inits", "objectives", "optimisers", "merging", "compressing", "editing", "moving"},
     {"attach"},
     {"sampling", "judging"},
     {"training"},
     {"measuring", "bridge"},
+    {"algebra"},
     {"practice"},
     {"recipes"},
     {"verbs"},

@@ -1,0 +1,56 @@
+"""What a compression is: one weight's change in, the same change in a smaller form out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from luthier.delta.form import Form, No, Site
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+@dataclass
+class Change:
+    """One weight's change, and what may be known of it."""
+
+    site: Site
+    base: Tensor
+    """The base's weight [d_out, d_in], float32."""
+    change: Tensor
+    """tuned − base [d_out, d_in], float32."""
+    inputs: Tensor | None = None
+    """Inputs of the site on the calibration text [N, d_in], as the model under compression gives them."""
+    generator: Generator | None = None
+
+
+@dataclass
+class Small:
+    """A compressed change: a form and its numbers at this site, as in a delta's piece."""
+
+    form: Form
+    p: dict[str, Tensor] = field(default_factory=dict)
+    """Numbers that may be tuned further (scales)."""
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    """Packed numbers: bytes, indices, codes."""
+
+
+class Compression:
+    """Base of all compressions: a frozen dataclass of settings and one pure method. See docs/add-a-method.md.
+
+    The result is an ordinary form (`luthier/forms/`), so that a compressed delta is a delta: it saves, loads, attaches,
+    folds, merges and is audited like any other.
+    """
+
+    calibrated: ClassVar[bool | No] = False
+    """Whether it needs `inputs`: then layers are done in order, each fed by the compressed layers before it."""
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    """Kinds of site it compresses; the change of others is kept as it is, or dropped where the plan says so."""
+    tunes: ClassVar[bool] = False
+    """Whether `p` is tuned afterwards so that the model's logits match the tuned model's on calibration text."""
+    paper: ClassVar[str] = ""
+
+    def compress(self, c: Change) -> Small:
+        """The change in its smaller form. What is handed in may not be written to."""
+        raise NotImplementedError(f"{type(self).__name__} has no compress")

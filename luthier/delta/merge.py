@@ -1,0 +1,64 @@
+"""What a merge is: one tensor of every model in, one tensor out, as a pure function of what is handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+@dataclass
+class Stack:
+    """One tensor of every model to be merged, all of one shape, in the type of the arithmetic."""
+
+    name: str
+    """Its name in the checkpoint."""
+    tensors: list[Tensor]
+    """The tuned models' values (not changes), in the order of the plan; the base is not among them."""
+    base: Tensor | None = None
+    each: Mapping[str, list[float]] = field(default_factory=dict)
+    """Settings that each model has of its own, in the same order: {"weight": [0.3, 0.7]}."""
+    role: str = ""
+    """attn.q, ffn.down, norm, embed …; '' where it is not known."""
+    layer: int | None = None
+    layers: int = 0
+    """How many layers the model has."""
+    generator: Generator | None = None
+    """For draws; seeded by the plan's seed and the tensor's name, so that the order of work does not matter."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What `measure` said of every tensor, by name, where the merge looks at the whole model first."""
+
+    def changes(self) -> list[Tensor]:
+        """Every model's change of the base."""
+        assert self.base is not None
+        return [t - self.base for t in self.tensors]
+
+
+class Merge:
+    """Base of all merges: a frozen dataclass of settings and one pure method. See docs/add-a-method.md.
+
+    The settings may differ by tensor (by name, role or depth): whoever calls makes the merge anew where they do.
+    """
+
+    base: ClassVar[Literal["needed", "optional", "unused"]] = "needed"
+    """Whether there must be a common base."""
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    """Fewest and most models besides the base; None for any number."""
+    each: ClassVar[Mapping[str, float | None]] = {"weight": 1.0}
+    """Settings every model has of its own, with their defaults; None has to be stated."""
+    ordered: ClassVar[bool] = False
+    """Whether the order of the models matters."""
+    draws: ClassVar[bool] = False
+    """Whether it draws random numbers."""
+    paper: ClassVar[str] = ""
+
+    def measure(self, t: Stack) -> Any:
+        """What a first pass notes of each tensor, for merges that look at the whole model before they merge."""
+        return None
+
+    def merge(self, t: Stack) -> Tensor:
+        """The merged tensor. The tensors handed in may not be written to."""
+        raise NotImplementedError(f"{type(self).__name__} has no merge")
