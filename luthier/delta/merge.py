@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,7 +17,8 @@ class Stack:
     name: str
     """Its name in the checkpoint."""
     tensors: list[Tensor]
-    """The tuned models' values (not changes), in the order of the plan; the base is not among them."""
+    """The tuned models' values (not changes), in the order of the plan. The base is among them only where the merge
+    declares `base = "unused"` and the plan lists it."""
     base: Tensor | None = None
     each: Mapping[str, list[float]] = field(default_factory=dict)
     """Settings that each model has of its own, in the same order: {"weight": [0.3, 0.7]}."""
@@ -53,11 +54,22 @@ class Merge:
     """Whether the order of the models matters."""
     draws: ClassVar[bool] = False
     """Whether it draws random numbers."""
+    pointwise: ClassVar[bool] = False
+    """Whether every entry of the result depends on the same entry of the inputs alone: large tensors then come in flat
+    pieces, one after the other."""
+    widens: ClassVar[bool] = False
+    """Whether the result is float32 where the arithmetic is in a 16-bit type; else it is cast to the arithmetic's type."""
+    searches: ClassVar[bool] = False
+    """Whether `search` finds the models' settings by evaluating merged models."""
     paper: ClassVar[str] = ""
 
     def measure(self, t: Stack) -> Any:
         """What a first pass notes of each tensor, for merges that look at the whole model before they merge."""
         return None
+
+    def search(self, models: int, evaluate: Callable[[Mapping[str, list[float]]], float]) -> Mapping[str, list[float]]:
+        """Settings of each of the models, found by `evaluate`: settings to the merged model's score, higher is better."""
+        raise NotImplementedError(f"{type(self).__name__} has no search")
 
     def merge(self, t: Stack) -> Tensor:
         """The merged tensor. The tensors handed in may not be written to."""
