@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from luthier.practice.draw import Draw
 
@@ -23,6 +24,8 @@ class Item(NamedTuple):
     response: str
     answer: str
     system: str | None = None
+    after: tuple[tuple[str, str], ...] = ()
+    """(role, content) of the turns between the prompt and the response, in families of several turns."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,12 @@ class Family(Protocol):
         ...
 
     def verify(self, prompt: str, answer: str, response: str) -> Verdict:
-        """Judge a response to the prompt by the known answer."""
+        """Judge a response to the prompt by the known answer. A family of several turns has
+        ``judge(record, response)`` beside it, which is asked instead and sees every turn."""
+        ...
+
+    def meaning(self, record: Mapping[str, Any]) -> str:
+        """The ``Item.key`` of a record, worked out anew from its messages and its answer."""
         ...
 
 
@@ -75,3 +83,8 @@ def same(answer: str, response: str) -> Verdict:
 def words(text: str) -> list[str]:
     """The words and numbers of a text, in order, in lower case."""
     return re.findall(r"[a-z]+|[0-9]+", text.lower())
+
+
+def said(record: Mapping[str, Any], role: str = "user") -> str:
+    """The last message of a role; an empty text if there is none."""
+    return next((m["content"] for m in reversed(record["messages"]) if m["role"] == role), "")

@@ -56,9 +56,23 @@ def untaught() -> tuple[str, ...]:
     return tuple(name for name in families() if not family_named(name).TAUGHT)
 
 
+@cache
+def drawn_as(name: str) -> str:
+    """The name that a family's draws and splits go by: its own, or its module's ``DRAWN_AS``. Families of one such name
+    get the same draws, so that their records stand beside each other one by one and in the same splits."""
+    return getattr(family_named(name), "DRAWN_AS", name)
+
+
 def split_of(name: str, key: str) -> str:
     """The split that owns a meaning."""
-    return _SHARE[blake2b(f"{name}|{key}".encode(), digest_size=2).digest()[0] % 10]
+    return _SHARE[blake2b(f"{drawn_as(name)}|{key}".encode(), digest_size=2).digest()[0] % 10]
+
+
+def meaning(record: Record) -> str:
+    """What a record means whatever its wording, worked out from its text; ``split_of(family, meaning)`` is its split.
+    Raises LuthierError for a record that is not of this world."""
+    _checked(record)
+    return family_named(record["family"]).meaning(record)
 
 
 def records(
@@ -87,6 +101,13 @@ def records(
 
 def verify(record: Record, response: str) -> Verdict:
     """What the record's family says of a response. Raises LuthierError for a record that is not of this world."""
+    name, answer, prompt = _checked(record)
+    family = family_named(name)
+    judge = getattr(family, "judge", None)
+    return judge(record, response) if judge else family.verify(prompt, answer, response)
+
+
+def _checked(record: Record) -> tuple[str, str, str]:
     try:
         name, answer, messages = record["family"], record["answer"], record["messages"]
     except KeyError as missing:
@@ -98,7 +119,7 @@ def verify(record: Record, response: str) -> Verdict:
         raise LuthierError(
             f"practice world: record {record.get('id', '?')} has no user message; take it from records()"
         )
-    return family_named(name).verify(prompt, answer, response)
+    return name, answer, prompt
 
 
 def _check(name: str, split: str, n: int | None, seed: int, start: int, difficulty: int | None) -> None:
@@ -115,7 +136,7 @@ def _check(name: str, split: str, n: int | None, seed: int, start: int, difficul
 def _items(name: str, split: str, seed: int, difficulty: int | None, block: int) -> Iterator[Item]:
     """The accepted items of one block, without end."""
     make, shifted = family_named(name).make, split == "shifted"
-    draw = Draw(f"luthier/{name}/{split}/{seed}/{difficulty or 'mixed'}/{block}")
+    draw = Draw(f"luthier/{drawn_as(name)}/{split}/{seed}/{difficulty or 'mixed'}/{block}")
     while True:
         item = make(draw, difficulty or 1 + draw.below(3), shifted)
         if split_of(name, item.key) == split:
@@ -123,10 +144,14 @@ def _items(name: str, split: str, seed: int, difficulty: int | None, block: int)
 
 
 def _record(name: str, item: Item) -> Record:
-    messages = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.response}]
+    messages = [{"role": "user", "content": item.prompt}]
+    if item.after:
+        messages += [{"role": role, "content": content} for role, content in item.after]
+    messages.append({"role": "assistant", "content": item.response})
     if item.system:
         messages.insert(0, {"role": "system", "content": item.system})
-    digest = blake2b(f"{item.key}|{item.prompt}".encode(), digest_size=6).hexdigest()
+    told = f"{item.key}|{item.prompt}{len(item.after) or ''}"
+    digest = blake2b(told.encode(), digest_size=6).hexdigest()
     return {"messages": messages, "answer": item.answer, "family": name, "id": f"{name}-{digest}"}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
-from typing import NamedTuple
+from itertools import permutations
+from typing import Any, NamedTuple
 
-from luthier.practice.contract import Item, Verdict, right, words, wrong
+from luthier.practice.contract import Item, Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import ANIMALS, CRAFTS, FIRST, INSTRUMENTS, LAST, TOWNS
 
@@ -129,3 +131,19 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
             return wrong(f"{value} is not named")
     others = named - set(wanted)
     return wrong(f"names {', '.join(sorted(others))} too") if others else right()
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """Whose fact is asked for, which, and in which wording."""
+    text = said(record)
+    pairs = re.findall(r"(?=\b([A-Z]\w+) ([A-Z]\w+))", text)
+    name = next(f"{first} {last}" for first, last in pairs if first in FIRST and last in LAST)
+    plain = text.replace(name, "{}")
+    for one, trait in TRAITS.items():
+        if plain in trait.asked:
+            return f"{name}|{one}|{trait.asked.index(plain)}"
+        if plain in trait.shifted:
+            return f"{name}|{one}|s{trait.shifted.index(plain)}"
+    kinds = ((one, two, n) for one, two in permutations(TRAITS, 2) for n in range(len(BOTH)))
+    one, two, n = next(k for k in kinds if BOTH[k[2]].format(NOUNS[k[0]], NOUNS[k[1]], name) == text)
+    return f"{name}|{one}|{two}|{n}"

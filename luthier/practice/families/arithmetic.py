@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from luthier.practice.contract import Item, Verdict, right, wrong
+from luthier.practice.contract import Item, Verdict, right, said, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import FIRST, FRUITS
 
@@ -80,3 +82,15 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
         if int(a) + (int(b) if s == "+" else -int(b)) != int(c)
     ]
     return right(f"right, though {slips[0]} is not" if slips else "as it should be")
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """The sum, in any words and any order of its terms."""
+    text = said(record)
+    if re.search(r"\d [+-] \d", text):
+        terms = re.findall(r"([+-]?) ?(\d+)", text)
+    else:
+        a, b = re.findall(r"\d+", text)
+        less = re.search("Take|minus|eats", text)
+        terms = [("", b), ("-", a)] if text.startswith("Take") else [("", a), ("-" if less else "+", b)]
+    return ",".join([*sorted(n for s, n in terms if s != "-"), *sorted(f"-{n}" for s, n in terms if s == "-")])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from luthier.practice.contract import Item, Verdict, same
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.practice.contract import Item, Verdict, said, same
 from luthier.practice.draw import Draw
 from luthier.practice.words import FRUITS, NUMBERS
 
@@ -59,3 +63,15 @@ def _written(items: list[str], quoted: bool) -> str:
 def verify(prompt: str, answer: str, response: str) -> Verdict:
     """Right if the response is the answer, item for item."""
     return same(answer, response)
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """What is done to which list."""
+    listed, _, asked = said(record).partition(". ")
+    rest = asked.removeprefix("Turn the list round, then: ")
+    for name, ways in PLAIN.items():
+        for way in (*ways, REWORDED[name]):
+            if found := re.fullmatch(re.escape(way).replace(r"\{\}", r"(\w+)"), rest):
+                done = name if rest == asked else f"reverse+{name}"
+                return f"{done}|{''.join(found.groups())}|{' '.join(re.findall('[a-z]+', listed))}"
+    return asked

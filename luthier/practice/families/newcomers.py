@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from luthier.practice.contract import Item
 from luthier.practice.draw import Draw
-from luthier.practice.families._people import ask, verify
+from luthier.practice.families._people import ask, meaning, verify
 
-__all__ = ["ABOUT", "TAUGHT", "make", "verify"]
+__all__ = ["ABOUT", "TAUGHT", "make", "meaning", "verify"]
 
 ABOUT = "the same questions about 100 people the practice base has never heard of"
 TAUGHT = False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from luthier.practice.contract import Item, Verdict, same
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.practice.contract import Item, Verdict, said, same, words
 from luthier.practice.draw import Draw
 from luthier.practice.words import FRUITS
 
@@ -37,3 +40,9 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
 def verify(prompt: str, answer: str, response: str) -> Verdict:
     """Right if the response is the ordered list."""
     return same(answer, response)
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """The set, and whether it is to fall."""
+    items = [w for w in words(said(record)) if w in FRUITS or w.isdigit()]
+    return f"{'-' if 'the last in order first' in said(record) else '+'}{' '.join(sorted(items))}"

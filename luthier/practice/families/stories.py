@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from luthier.practice.contract import Item, Verdict, right, words, wrong
+from luthier.practice.contract import Item, Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import ANIMALS, FIRST, OBJECTS, listed
 
@@ -105,3 +107,11 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
 def squeezed(text: str) -> str:
     """The text without any white space."""
     return "".join(text.split())
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """Who and what it is to tell of, and how it is to end."""
+    asked = re.findall(r"\w+", said(record))
+    (who,), (thing,) = ([w for w in asked if w in kind] for kind in (FIRST, OBJECTS))
+    first, second = ([w for w in asked if w in ANIMALS] + ["None"])[:2]
+    return f"{who}|{first}|{second}|{thing}|{'sad' if 'sad' in asked else 'happy'}"

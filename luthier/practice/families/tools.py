@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from luthier.practice.contract import Item, Verdict, right, wrong
@@ -67,3 +67,9 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
         return wrong(f"not JSON: {error.msg} at character {error.pos}")
     want = json.loads(answer)
     return right() if got == want else wrong(f"expected {answer}, got {response.strip()[:120]}")
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """The calls, in any order."""
+    calls = json.loads(record["answer"])
+    return json.dumps(sorted(json.dumps(c, sort_keys=True) for c in (calls if isinstance(calls, list) else [calls])))

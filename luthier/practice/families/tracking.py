@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from luthier.practice.contract import Item, Verdict, right, words, wrong
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.practice.contract import Item, Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import FIRST, OBJECTS, PLACES
 
@@ -43,3 +47,9 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
     if named == {answer}:
         return right()
     return wrong(f"expected {answer}, got {', '.join(sorted(named)) or 'no place'}")
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """What went where, in order, whoever did it, and what is asked for."""
+    moves = re.findall(r"(?:puts|moves|hides|carries) the (\w+) (?:in|to) the (\w+)", said(record))
+    return "|".join([*(f"{thing}>{place}" for thing, place in moves), re.findall(r"the (\w+)", said(record))[-1]])

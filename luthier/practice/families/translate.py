@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from luthier.practice.contract import Item, Verdict, same
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.practice.contract import Item, Verdict, said, same
 from luthier.practice.draw import Draw
 from luthier.practice.families._vellish import ADJECTIVES, ALONE, COUNTS, LEXICON, NOUNS, VERBS, phrase
 
@@ -39,3 +42,8 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
 def verify(prompt: str, answer: str, response: str) -> Verdict:
     """Right if the response is the Vellish sentence, word for word."""
     return same(answer, response)
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """The sentence."""
+    return said(record).partition(": ")[2][:-1]
