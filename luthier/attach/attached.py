@@ -135,7 +135,7 @@ class Attached:
         for key, site in piece.sites.items():
             held = read_weight(module_at(self.model, site.name), site).dtype
             dtype = getattr(torch, piece.form.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-            if torch.promote_types(held, dtype) != dtype:
+            if torch.promote_types(held, dtype) not in (dtype, held):  # one must convert to the other exactly
                 raise LuthierError(
                     f"piece '{piece.name}' holds exact differences in {piece.form.dtype}, but the base is held in "  # pyright: ignore
                     f"{str(held)[6:]}: load the base with dtype: {piece.form.dtype}"  # pyright: ignore

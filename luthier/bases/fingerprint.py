@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,12 +44,17 @@ def fingerprint(model: nn.Module, skip: Collection[str] = ()) -> str:
     Time is that of reading 4096 elements of every tensor; it does not see a change that misses them all: use
     full_fingerprint to be sure. Raises LuthierError on the meta device, where there are no values.
     """
+    return fingerprint_of(base_tensors(model, skip))
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The same of named tensors in the order of `base_tensors`, read one at a time."""
     names, samples, dtypes = [], [], {}
-    for name, tensor in base_tensors(model, skip):
+    for name, tensor in tensors:
         if tensor.is_meta:
             raise LuthierError(f"{name} has no values (meta device); load the base with weights to fingerprint it")
         names.append(f"{name} {tuple(tensor.shape)}")
-        samples.append(_sample(tensor.detach()))
+        samples.append(_sample(tensor.detach()).clone())
         kind = str(tensor.dtype).removeprefix("torch.")
         dtypes[kind] = dtypes.get(kind, 0) + tensor.numel()
     rounded, exact = hashlib.sha256(), hashlib.sha256()
@@ -144,13 +149,27 @@ def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _hashed(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+class FullHash:
+    """full_fingerprint, fed with one tensor after another in the order of `base_tensors`."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes every value of a tensor on the CPU in."""
+        self._digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if tensor.numel():
-            digest.update(_bytes(tensor))
-    return digest.hexdigest()
+            self._digest.update(_bytes(tensor))
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _hashed(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
+    digest = FullHash()
+    for name, tensor in tensors:
+        digest.add(name, tensor)
+    return str(digest)
 
 
 def _split(text: str) -> tuple[str, str, str]:

@@ -52,6 +52,10 @@ class Piece:
 
             yield State(site, self.p.get(key, {}), self.fixed.get(key, {}), weight)
 
+    def stored(self, key: str, site: Site) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """A site's numbers as they lie on disk."""
+        return self.form.stored(site, self.p.get(key, {}), self.fixed.get(key, {}))
+
     def count(self) -> int:
         """Numbers trained, as the form counts."""
         return sum(self.form.count(site) for site in self.sites.values())
@@ -106,6 +110,16 @@ class Delta:
 
     __rmul__ = __mul__
 
+    def __neg__(self) -> Delta:
+        return -1 * self
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + -other
+
+    def toward(self, other: Delta, t: float) -> Delta:
+        """The delta on the straight line from this one (t = 0) to another (t = 1) of the same base; t may lie beyond."""
+        return (1 - t) * self + t * other
+
     def only(self, *patterns: str) -> Delta:
         """The delta at the sites whose role or name matches one of the patterns; a pattern without a match is an error."""
         kept, used = [], set()
@@ -132,7 +146,7 @@ class Delta:
         return sum(piece.count() for piece in self.pieces)
 
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors on disk."""
         return sum(t.numel() * t.element_size() for _, t in self._flat())
 
     # -- tensors
@@ -153,9 +167,10 @@ class Delta:
                     yield f"{s.site.name}.{name}", value * piece.scale
 
     def _flat(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor as it lies on disk."""
         for piece in self.pieces:
-            for group, table in (("p", piece.p), ("fixed", piece.fixed)):
-                for key, numbers in table.items():
+            for key, site in piece.sites.items():
+                for group, numbers in zip(("p", "fixed"), piece.stored(key, site), strict=True):
                     for name, tensor in numbers.items():
                         yield f"{piece.name}/{key}/{group}/{name}", tensor
 
@@ -181,8 +196,13 @@ class Delta:
             "seals": self.seals,
         }
 
-    def save(self, folder: str | os.PathLike[str], card: str | None = None) -> Path:
+    def save(
+        self, folder: str | os.PathLike[str], card: str | None = None, numbers: str | os.PathLike[str] | None = None
+    ) -> Path:
         """Writes the folder: everything to a neighbour first, then moved, so that no half-written delta is left behind.
+
+        numbers: the delta's tensors as a safetensors file that is there already (`delta.stream`); it is moved into the
+        folder, and the pieces need not hold them.
 
         An existing delta in `folder` is replaced file by file, `delta.json` last; what only the earlier one had (probes,
         files that travelled along) is then removed.
@@ -192,8 +212,11 @@ class Delta:
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             os.chmod(new, 0o755)
-            tensors = {name: t.detach().cpu().contiguous() for name, t in self._flat()}
-            save_file(tensors, new / "delta.safetensors", {"format": "luthier"})
+            if numbers is None:
+                tensors = {name: t.detach().cpu().contiguous() for name, t in self._flat()}
+                save_file(tensors, new / "delta.safetensors", {"format": "luthier"})
+            else:
+                shutil.move(numbers, new / "delta.safetensors")
             if self.probes:
                 save_file({k: v.contiguous() for k, v in self.probes.items()}, new / "probes.safetensors")
             (new / "README.md").write_text(card or _card(self), encoding="utf-8")
@@ -267,6 +290,9 @@ class Delta:
                 form = FORMS.make(entry["form"], entry["settings"])
             except LuthierError as e:
                 raise LuthierError(f"{folder / 'delta.json'}: piece '{name}': {e}") from e
+            if type(form).restored is not Form.restored:
+                for key, site in sites.items():
+                    p[key], fixed[key] = map(dict, _opened(path, name, key, form, site, p[key], fixed[key]))
             pieces.append(Piece(name, form, sites, p, fixed, entry.get("scale", 1.0)))
         if tables:
             raise LuthierError(f"{path} holds tensors of pieces that delta.json does not name: {sorted(tables)}")
@@ -311,6 +337,14 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _opened(path: Path, piece: str, key: str, form: Form, site: Site, p: Any, fixed: Any) -> Any:
+    """A site's numbers as they are worked with; codes that do not decode are an altered file."""
+    try:
+        return form.restored(site, p, fixed)
+    except (KeyError, IndexError, RuntimeError, ValueError) as e:
+        raise LuthierError(f"{path}: piece '{piece}', site {key}: its codes cannot be read ({e}): copy it again") from e
 
 
 def _probes(folder: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:

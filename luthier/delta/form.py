@@ -144,6 +144,14 @@ class Form:
         """How many numbers it trains at a site, as the paper counts."""
         raise NotImplementedError(f"{type(self).__name__} has no count")
 
+    def stored(self, site: Site, p: Tensors, fixed: Tensors) -> tuple[Tensors, Tensors]:
+        """The numbers as they lie on disk, for forms that code them tighter there than they work with them."""
+        return p, fixed
+
+    def restored(self, site: Site, p: Tensors, fixed: Tensors) -> tuple[Tensors, Tensors]:
+        """The numbers as they are worked with, from what `stored` gave; exact."""
+        return p, fixed
+
     def penalty(self, s: State) -> Tensor | float:
         """The form's own regulariser."""
         return 0.0

@@ -126,11 +126,11 @@ def seals_of(handle: Any) -> dict[str, list[float]]:
                 kind = f"{'dense' if edit.index is None else 'entries'}-{str(edit.parameter.dtype)[6:]}"
                 kinds += [kind] if kind not in kinds else []
                 piece = name if kind == kinds[0] else f"{name}-{kind}"
-            out[f"{piece}/{key}"] = project(_turned(change, edit.module))
+            out[f"{piece}/{key}"] = project(turned(change, edit.module))
     return out
 
 
-def _turned(change: Tensor, module: Any) -> Tensor:
+def turned(change: Tensor, module: Any) -> Tensor:
     """A stored parameter's change as [d_out, d_in]."""
     return change.t() if type(module).__name__ in ("Conv1D", "Embedding") and change.dim() == 2 else change
 
