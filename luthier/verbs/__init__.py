@@ -11,24 +11,28 @@ if TYPE_CHECKING:
     from luthier.delta.artefact import Delta
     from luthier.verbs.audit import audit
     from luthier.verbs.export import export
+    from luthier.verbs.gate import gate
     from luthier.verbs.generate import generate
     from luthier.verbs.import_ import import_
     from luthier.verbs.inspect import inspect
     from luthier.verbs.load import load
+    from luthier.verbs.port import port
     from luthier.verbs.tune import tune
     from luthier.verbs.verify import verify
 
 _HOME = {
     "audit": "luthier.verbs.audit",
     "export": "luthier.verbs.export",
+    "gate": "luthier.verbs.gate",
     "generate": "luthier.verbs.generate",
     "import_": "luthier.verbs.import_",
     "inspect": "luthier.verbs.inspect",
     "load": "luthier.verbs.load",
+    "port": "luthier.verbs.port",
     "tune": "luthier.verbs.tune",
     "verify": "luthier.verbs.verify",
 }
-__all__ = ["Delta", "audit", "export", "generate", "import_", "inspect", "load", "tune", "verify"]
+__all__ = ["Delta", "audit", "export", "gate", "generate", "import_", "inspect", "load", "port", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:
