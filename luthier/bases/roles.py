@@ -230,6 +230,13 @@ def _row(table: list[tuple[re.Pattern[str], str]], name: str) -> str | None:
     return next((role for pattern, role in table if pattern.search(name)), None)
 
 
+def role_by_name(family: str, name: str) -> str:
+    """Role of the module or parameter called `name` in a family (transformers' model_type), by the table of names alone;
+    "" where the family has no table or the name no row."""
+    table = _compiled(FAMILIES.get(family, {}))
+    return _row(table, name) or _row(table, name.rpartition(".")[0]) or ""
+
+
 def _stated(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
