@@ -115,7 +115,9 @@ def seals_of(handle: Any) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {}
     for name, placed in handle.placed.items():
         for q in placed:
-            out[f"{name}/{q.state.site.name}"] = seal(q.form, q.state, q.scale)
+            site = q.state.site
+            key = f"{site.name}.{site.parameter}" if site.kind == "fused-experts" else site.name
+            out[f"{name}/{key}"] = seal(q.form, q.state, q.scale)
     for name, table in handle.edits.items():
         kinds: list[str] = []
         for key, edit in table.items():
