@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.bases.fingerprint import compare
-from luthier.delta import FORMS, Site, State
+from luthier.delta import FORMS, Site
 from luthier.delta.artefact import Delta, Piece
 from luthier.delta.seals import seal
 from luthier.errors import LuthierError

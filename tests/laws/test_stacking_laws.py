@@ -27,7 +27,7 @@ SETTINGS = (
     {"rank": 8, "scaling": "rslora"},
     {"rank": 3, "ranks": {"attn.q": 5}, "alphas": {"attn.v": 1.0}},
 )
-SITES = (None, ["attn.q", "attn.v"], ["ffn"])
+SITES = (None, ["attn.q", "attn.v"], ["attn.o", "*.down"])
 
 
 def delta_of(name: str, seed: int, family: str = "llama", sites: Any = None, **given: Any) -> Delta:
