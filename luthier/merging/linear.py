@@ -5,32 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from luthier.delta import MERGES, Merge, Stack
 from luthier.errors import LuthierError
+from luthier.parts.trims import spans, wide
 
 
 @MERGES.add("linear")
 @dataclass(frozen=True)
 class Linear(Merge):
-    """W = Σ wᵢ Wᵢ, divided by Σ wᵢ unless `normalize` is off. With equal weights the uniform soup.
+    """W = Σ wᵢ Wᵢ, divided by Σ wᵢ unless `normalize` is off, summed in float32 (float64 stays).
 
-    Source: Wortsman et al. 2022 (P080).
+    With equal weights the uniform soup (Wortsman et al. 2022, P080), and the average of nodes that never spoke to each
+    other (lo-fi, P412).
     """
 
     normalize: bool = True
     """Divide by the sum of the weights."""
 
     base: ClassVar[Literal["needed", "optional", "unused"]] = "unused"
+    pointwise: ClassVar[bool] = True
     paper: ClassVar[str] = "P080"
 
     def merge(self, t: Stack) -> Tensor:
-        weights = t.each["weight"]
-        total = sum(weights) if self.normalize else 1.0
-        if total == 0:
-            raise LuthierError(f"linear: the weights {weights} add up to 0 at {t.name}: change one, or set normalize: false")
-        out = t.tensors[0] * (weights[0] / total)
-        for weight, tensor in zip(weights[1:], t.tensors[1:], strict=True):
-            out.add_(tensor, alpha=weight / total)
-        return out
+        models = [x.reshape(-1) for x in t.tensors]
+        kind = wide(models[0].dtype)
+        weights = torch.tensor(t.each["weight"], dtype=kind)
+        total = weights.sum()
+        if self.normalize and total == 0:
+            raise LuthierError(
+                f"linear: the weights {t.each['weight']} add up to 0 at {t.name}: change one, or set normalize: false"
+            )
+        out = torch.empty_like(models[0], memory_format=torch.contiguous_format)
+        for a, b in spans(out.numel()):
+            piece = torch.zeros(b - a, dtype=kind)
+            for x, weight in zip(models, weights, strict=True):
+                piece.addcmul_(x[a:b].to(kind), weight)
+            out[a:b] = piece.div_(total) if self.normalize else piece
+        return out.view(t.tensors[0].shape)

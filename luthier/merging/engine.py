@@ -1,0 +1,151 @@
+"""What task-vector merges share: changes thinned out, weighted, agreed on and added, in one pass in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from luthier.delta import Merge, Stack
+from luthier.errors import LuthierError
+from luthier.parts.trims import SPAN, Chunk, spans, wide
+
+
+class Thin(Protocol):
+    """Sets the entries of a change that fall out to 0."""
+
+    def apply(self, a: int, d: Tensor) -> Tensor:
+        """In place, for the flat piece d that starts at entry a; pieces come in order, from entry 0, as often as asked."""
+        ...
+
+
+class Nothing:
+    """Drops everything."""
+
+    def apply(self, a: int, d: Tensor) -> Tensor:
+        return d.zero_()
+
+
+def share(name: str, value: float, what: str = "density") -> float:
+    """`value`, checked to lie in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise LuthierError(f"{what} {value} at {name} is out of range: give a number from 0 to 1")
+    return value
+
+
+def fixed(value: float, dtype: torch.dtype) -> float:
+    """A number as the type of the arithmetic holds it."""
+    return float(torch.tensor(value, dtype=dtype))
+
+
+@dataclass(frozen=True)
+class TaskVectors(Merge):
+    """W = W₀ + λ Σ wᵢ thin(Wᵢ − W₀), where the models' changes may first have to agree on a sign.
+
+    Every operation is rounded to the type of the arithmetic, in the order of mergekit 0.1.5, so that its numbers are
+    met also in 16 bits.
+    """
+
+    int8_mask: bool = False
+    """Without effect, read for the field's files: masks take no type of their own here."""
+    normalize: bool = False
+    """Divide by the sum of the weights: of the models that agree where they have to, else of all."""
+    rescale: bool = False
+    """Multiply what is left of a change by a number that gives it back the absolute sum (L1) that it had."""
+    lambda_: float = 1.0
+    """λ: the whole change is multiplied by it."""
+
+    each: ClassVar[Mapping[str, float | None]] = {"weight": 1.0, "density": 1.0}
+    consensus: ClassVar[bool] = False
+    """Whether, entry by entry, only changes with the sign of the weighted sum count (Yadav et al. 2023)."""
+    base: ClassVar[Literal["needed", "optional", "unused"]] = "needed"
+
+    def thin(self, t: Stack, i: int, chunk: Chunk) -> Thin | None:
+        """What thins out model i's change, given by `chunk` in flat pieces; None where it stays whole."""
+        return None
+
+    def span(self, t: Stack) -> int:
+        """Entries to be worked on at a time."""
+        return SPAN
+
+    def merge(self, t: Stack) -> Tensor:
+        assert t.base is not None
+        base, models = t.base.reshape(-1), [x.reshape(-1) for x in t.tensors]
+        dtype, n, span = base.dtype, base.numel(), self.span(t)
+        if not n:
+            return t.base.clone()
+        chunks = [_difference(x, base) for x in models]
+        thins = [self.thin(t, i, chunk) for i, chunk in enumerate(chunks)]
+        scales = [
+            _regained(thin, chunk, n, span, dtype, self.draws) if thin and self.rescale else 1.0
+            for thin, chunk in zip(thins, chunks, strict=True)
+        ]
+        weights = [fixed(w, dtype) for w in t.each["weight"]]
+        total = fixed(sum(weights), dtype)
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)
+        for a, b in spans(n, span):
+            parts = []
+            for chunk, thin, scale, weight in zip(chunks, thins, scales, weights, strict=True):
+                d = chunk(a, b)
+                if thin:
+                    thin.apply(a, d)
+                if scale != 1:
+                    d.mul_(scale)
+                parts.append(d if weight == 1 else d.mul_(weight))
+            mixed = _agreed(parts, weights, self.normalize) if self.consensus else _sum(parts)
+            if self.normalize and not self.consensus and abs(total) >= 1e-8:
+                mixed.div_(total)
+            if self.lambda_ != 1:
+                mixed.mul_(self.lambda_)
+            torch.add(base[a:b], mixed, out=out[a:b])
+        return out.view(t.base.shape)
+
+
+def _difference(x: Tensor, base: Tensor) -> Chunk:
+    return lambda a, b: x[a:b] - base[a:b]
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """A new tensor: the sum in the order given, taken wide and rounded once."""
+    total = parts[0].to(wide(parts[0].dtype), copy=True)
+    for d in parts[1:]:
+        total += d
+    return total.to(parts[0].dtype)
+
+
+def _agreed(parts: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
+    """Sum of the changes whose sign is that of the sum (≥ 0 counts as plus); divided by the weights that took part.
+
+    Overwrites `parts`.
+    """
+    dtype = parts[0].dtype
+    sign = _sum(parts).ge_(0).mul_(2).sub_(1)
+    shares = torch.zeros(parts[0].shape, dtype=wide(dtype))
+    for d, weight in zip(parts, weights, strict=True):
+        d.mul_(sign)
+        if normalize:
+            shares.add_(d.gt(0).to(wide(dtype)), alpha=weight)
+        d.clamp_min_(0)
+    mixed = _sum(parts).mul_(sign)
+    if normalize:
+        divisor = shares.to(dtype)
+        mixed.div_(divisor.add_(divisor.eq(0)))
+    return mixed
+
+
+def _regained(thin: Thin, chunk: Chunk, n: int, span: int, dtype: torch.dtype, drawn: bool) -> float:
+    """Σ|d| / Σ|thinned d|, as the type of the arithmetic holds it; 1 where either is next to nothing.
+
+    Random masks are worked on in float32 where the type is float16.
+    """
+    before = after = 0.0
+    for a, b in spans(n, span):
+        d = chunk(a, b)
+        before += float(d.abs().sum(dtype=wide(dtype)))
+        after += float(thin.apply(a, d).abs().sum(dtype=wide(dtype)))
+    kind = torch.float32 if dtype == torch.float16 and (drawn or before >= 65504) else dtype
+    before, after = fixed(before, kind), fixed(after, kind)
+    return 1.0 if before < 1e-7 or after < 1e-7 else fixed(before / after, kind)

@@ -1,0 +1,77 @@
+"""A merge whose change grows with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from luthier.delta import MERGES, Merge, Stack
+from luthier.errors import LuthierError
+from luthier.parts.trims import spans
+
+
+@MERGES.add("lines")
+@dataclass(frozen=True)
+class LiNeS(Merge):
+    """W = W₀ + (α + β l / (L − 1)) τ in layer l of L, counted from 0, and W₀ + α τ outside of the layers.
+
+    τ is the change that `of`, any merge with a base, makes. One model: α = γ and β = 1 − γ, so that γ = 1 is the tuned
+    model and γ = 0 leaves the first layer at the base. Several: α is by default ‖Σ τᵢ‖₁ / ‖τ‖₁ / N over the whole
+    model, and β is to be tried. A single layer takes α (our reading). Source: Wang et al. 2024 (P222).
+    """
+
+    alpha: float | None = None
+    """α: the factor at the first layer; None sets it from the norms."""
+    beta: float = 1.0
+    """β: what is added up to the last layer."""
+    of: str = "task_arithmetic"
+    """The merge that makes the change."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its settings."""
+
+    each: ClassVar[Mapping[str, float | None]] = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}
+    draws: ClassVar[bool] = True
+    paper: ClassVar[str] = "P222"
+
+    def __post_init__(self) -> None:
+        if self.inner.base == "unused" or isinstance(self.inner, LiNeS):
+            raise LuthierError(f"lines: '{self.of}' makes no change of a base: name task_arithmetic, ties, dare_ties …")
+
+    @property
+    def inner(self) -> Merge:
+        """The merge whose change is scaled."""
+        return MERGES.make(self.of, self.settings)
+
+    def measure(self, t: Stack) -> tuple[float, float]:
+        """(‖Σ τᵢ‖₁, ‖τ‖₁) of this tensor."""
+        if self.alpha is not None:
+            return 0.0, 0.0
+        assert t.base is not None
+        summed = apart = 0.0
+        state = t.generator.get_state() if t.generator else None
+        base, merged = t.base.reshape(-1), self.inner.merge(t).reshape(-1)
+        if t.generator and state is not None:
+            t.generator.set_state(state)
+        for a, b in spans(base.numel()):
+            changes = [x.reshape(-1)[a:b].float() - base[a:b] for x in t.tensors]
+            summed += float(sum(changes[1:], changes[0]).abs().sum())
+            apart += float((merged[a:b].float() - base[a:b]).abs().sum())
+        return summed, apart
+
+    def factor(self, t: Stack) -> float:
+        """What the change of this tensor is multiplied by."""
+        alpha = self.alpha
+        if alpha is None:
+            norms = list(t.measured.values())
+            summed, apart = sum(n[0] for n in norms), sum(n[1] for n in norms)
+            alpha = (summed / apart if apart else 1.0) / len(t.tensors)
+        return alpha if t.layer is None or t.layers < 2 else alpha + self.beta * t.layer / (t.layers - 1)
+
+    def merge(self, t: Stack) -> Tensor:
+        assert t.base is not None
+        inner = self.inner
+        merged, factor = inner.merge(replace(t, each={k: t.each[k] for k in inner.each})), self.factor(t)
+        return merged if factor == 1 else t.base + (merged - t.base).mul_(factor)

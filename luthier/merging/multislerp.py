@@ -1,0 +1,84 @@
+"""Interpolation of any number of models on a sphere, about their mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.delta import MERGES, Merge, Stack
+from luthier.errors import LuthierError
+from luthier.parts.trims import spans, wide
+
+
+@MERGES.add("multislerp")
+@dataclass(frozen=True)
+class MultiSLERP(Merge):
+    """The models (or, with a base, their changes) as directions: averaged in the tangent space at their weighted mean.
+
+    The direction goes back to the sphere by the exponential map and takes the weighted mean of the norms. Models must
+    not cancel out; two that do are interpolated linearly. Source: Goddard, mergekit.
+    """
+
+    normalize_weights: bool = True
+    """Weights are made to sum to 1."""
+    eps: float = 1e-8
+
+    base: ClassVar[Literal["needed", "optional", "unused"]] = "optional"
+
+    def merge(self, t: Stack) -> Tensor:
+        flat = [x.reshape(-1) for x in t.tensors]
+        n, kind, dtype = flat[0].numel(), wide(flat[0].dtype), flat[0].dtype
+        if len(flat) == 1 or not n:
+            return t.tensors[0].clone()
+        origin = t.base.reshape(-1) if t.base is not None else None
+        weights = torch.tensor(t.each["weight"], dtype=dtype)
+        if self.normalize_weights:
+            if float(weights.sum()) == 0:
+                raise LuthierError(f"multislerp: the weights {t.each['weight']} add up to 0 at {t.name}: change one")
+            weights = weights / weights.sum()
+
+        def change(i: int, a: int, b: int) -> Tensor:
+            return flat[i][a:b] if origin is None else flat[i][a:b] - origin[a:b]
+
+        def mixed(parts: list[Tensor]) -> Tensor:
+            return torch.stack([p * w for p, w in zip(parts, weights, strict=True)]).sum(0)
+
+        squares = [sum(float(change(i, a, b).to(kind).square().sum()) for a, b in spans(n)) for i in range(len(flat))]
+        norms = torch.tensor(squares, dtype=torch.float64).sqrt().to(dtype)
+
+        def units(a: int, b: int) -> list[Tensor]:
+            return [change(i, a, b) / (norms[i] + self.eps) for i in range(len(flat))]
+
+        square = sum(float(mixed(units(a, b)).to(kind).square().sum()) for a, b in spans(n))
+        length = torch.tensor(square, dtype=torch.float64).sqrt().to(dtype)
+        if length < self.eps and len(flat) > 2:
+            raise LuthierError(f"multislerp: the models cancel out at {t.name}: use other weights")
+        out = torch.empty_like(flat[0], memory_format=torch.contiguous_format)
+        if length < self.eps:
+            for a, b in spans(n):
+                out[a:b] = change(0, a, b) * weights[0] + change(1, a, b) * weights[1]
+        else:
+            along = torch.zeros(len(flat), dtype=kind)
+            for a, b in spans(n):
+                parts = units(a, b)
+                mean = mixed(parts) / length
+                along += torch.stack([(u * mean).sum(dtype=kind) for u in parts])
+            dots = along.to(dtype)
+
+            def tangent(a: int, b: int) -> tuple[Tensor, Tensor]:
+                parts = units(a, b)
+                mean = mixed(parts) / length
+                return mean, mixed([u - dot * mean for u, dot in zip(parts, dots, strict=True)])
+
+            square = sum(float(tangent(a, b)[1].to(kind).square().sum()) for a, b in spans(n))
+            angle = torch.tensor(square, dtype=torch.float64).sqrt().to(dtype) + self.eps
+            size = (norms * weights).sum()
+            for a, b in spans(n):
+                mean, aside = tangent(a, b)
+                out[a:b] = (mean * angle.cos() + aside * (angle.sin() / angle)) * size
+        if origin is not None:
+            out += origin
+        return out.view(t.tensors[0].shape)
