@@ -277,7 +277,8 @@ class Tuned(Source):
                     self._files.read(place, table[key[len(start) :]])
         if not found["p"] and not found["fixed"]:
             raise LuthierError(f"{self.name}: piece '{touch.piece}' has no tensor for site {touch.key}: copy it again")
-        return found["p"], found["fixed"]
+        p, fixed = touch.form.restored(touch.site, found["p"], found["fixed"])
+        return dict(p), dict(fixed)
 
     def close(self) -> None:
         self.base.close()

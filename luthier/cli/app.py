@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from luthier.cli import data, deltas, demo, doctor, papers, talk, tune
+from luthier.cli import compress, data, deltas, demo, diff, doctor, edit, gate, merge, papers, port, talk, tune
 
 app = typer.Typer(
     name="luthier",
@@ -34,11 +34,18 @@ def _version(
 
 
 app.command("tune")(tune.tune)
+app.command("edit")(edit.edit)
 app.command("audit")(deltas.audit)
+app.command("gate")(gate.gate)
 app.command("inspect")(deltas.inspect)
 app.command("verify")(deltas.verify)
 app.command("export")(deltas.export)
+app.command("diff")(diff.diff)
+app.command("compress")(compress.compress)
+app.command("merge")(merge.merge)
 app.command("import")(deltas.import_)
+app.command("port")(port.port)
+app.command("assemble")(port.assemble)
 app.command("generate")(talk.generate)
 app.command("chat")(talk.chat)
 app.add_typer(data.app, name="data")
