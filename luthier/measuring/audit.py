@@ -103,29 +103,34 @@ def _base_side(base: Any, check: Prepared, spec: AuditSpec, folder: Path | None)
 
 
 def _drift(base: Any, switch: Switch, spec: AuditSpec, checks: Sequence[Prepared], seed: int) -> Drift | None:
+    items, source = drift_text(base, switch, spec, checks, seed)
+    if not items:
+        return None
+    return drift(
+        base.model, switch, items, kind=base.kind, source=source,
+        batch_size=spec.batch_size, resamples=spec.resamples, seed=seed,
+    )  # fmt: skip
+
+
+def drift_text(
+    base: Any, switch: Switch, spec: AuditSpec, checks: Sequence[Prepared], seed: int
+) -> tuple[list[Item], str]:
+    """What drift is measured on, and its name: text that the base writes now, or for a classifier what it is asked."""
     guards = [c for c in checks if c.kind == "guard"]
     prompts = _spread([i.source or i.ids[:_OPENING] for c in guards for i in c.items])
-    options: dict[str, Any] = {"kind": base.kind, "batch_size": spec.batch_size}
     if base.kind == "classify":
-        rows = [
-            Item(str(n), "", source=p)
-            for n, p in enumerate(prompts or _spread([i.source for c in checks for i in c.items]))
-        ]
-        return (
-            drift(base.model, switch, rows, source="classes", resamples=spec.resamples, seed=seed, **options)
-            if rows
-            else None
-        )
+        texts = prompts or _spread([i.source for c in checks for i in c.items])
+        return [Item(str(n), "", source=p) for n, p in enumerate(texts)], "classes"
     if base.kind == "seq2seq" and not prompts:
         prompts = _spread([i.source for c in checks for i in c.items if i.source])
     begin = starts(base.tokenizer, prompts)
     if not begin:
         raise LuthierError("drift has nothing to start from: name a guard, or set audit.drift_tokens: 0")
-    items = own_text(base.model, base.tokenizer, switch, begin, spec.drift_tokens, seed=seed, **options)
     told = (
         "the base's own writing, begun as the guards' records begin" if prompts else "the base's own text from nothing"
     )
-    return drift(base.model, switch, items, source=told, resamples=spec.resamples, seed=seed, **options)
+    options: dict[str, Any] = {"kind": base.kind, "batch_size": spec.batch_size}
+    return own_text(base.model, base.tokenizer, switch, begin, spec.drift_tokens, seed=seed, **options), told
 
 
 def _spread(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

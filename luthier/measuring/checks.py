@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,8 @@ class Metric:
     needs: Literal["answer", "loss", "label"]
     unit: Literal["share", "nats", "perplexity"] = "share"
     verify: Verify | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the plan gave the verifier."""
 
     @property
     def better(self) -> str:

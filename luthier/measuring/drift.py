@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,14 +87,35 @@ def drift(
     seed: int = 0,
 ) -> Drift | None:
     """Base against tuned on the counted tokens of these items (for a classifier: on its classes); None without any."""
-    found: list[tuple[float, float, int]] = []
+
+    def base(group: list[Item]) -> list[Predicted]:
+        with switch.off():
+            return predict(model, kind, group)
+
     with measured(model):
-        for at in batches(items, max(1, batch_size // 2), vocabulary_of(model)):
-            group = [items[n] for n in at]
-            tuned = predict(model, kind, group)
-            with switch.off():
-                base = predict(model, kind, group)
-            found += [_apart(b, t) for b, t in zip(base, tuned, strict=True) if len(b.targets)]
+        return between(
+            base, lambda group: predict(model, kind, group), items, vocabulary_of(model),
+            source=source, batch_size=batch_size, resamples=resamples, seed=seed,
+        )  # fmt: skip
+
+
+def between(
+    old: Callable[[list[Item]], list[Predicted]],
+    new: Callable[[list[Item]], list[Predicted]],
+    items: Sequence[Item],
+    vocabulary: int,
+    *,
+    source: str,
+    batch_size: int = 32,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Drift | None:
+    """Any two models of one vocabulary, KL(old || new), on the counted tokens of these items; None without any."""
+    found: list[tuple[float, float, int]] = []
+    for at in batches(items, max(1, batch_size // 2), vocabulary):
+        group = [items[n] for n in at]
+        after, before = new(group), old(group)
+        found += [_apart(b, a) for b, a in zip(before, after, strict=True) if len(b.targets)]
     if not found:
         return None
     kl, same, count = (list(column) for column in zip(*found, strict=True))

@@ -25,13 +25,18 @@ def write_report(folder: str | Path, data: Mapping[str, Any]) -> tuple[Path, Pat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     json_path, html_path = folder / "report.json", folder / "report.html"
-    _replace(json_path, json.dumps(clean, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(html_path, render(clean))
+    replace_text(json_path, json.dumps(clean, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_text(html_path, render(clean))
     return json_path, html_path
 
 
 def render(data: Mapping[str, Any]) -> str:
     """The page as text. Everything that comes from records, plans or models is escaped."""
+    return fill("report.html", page(plain(data)))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """A page of this room with its values, all of them escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
@@ -41,7 +46,7 @@ def render(data: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return env.get_template("report.html").render(page(plain(data)))
+    return env.get_template(template).render(values)
 
 
 def plain(value: Any) -> Any:
@@ -62,7 +67,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """All or nothing: a full disk leaves the file that was there."""
     part = path.with_name(f".{path.name}.part")
     try:

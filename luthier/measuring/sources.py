@@ -111,7 +111,7 @@ def choose_metric(check: CheckSpec, kind: str, found: Sequence[Found]) -> Metric
         if known[name].needs == "label" and kind != "classify":
             raise LuthierError(f"metric 'accuracy' needs a base of kind classify, not {kind}: use exact for answers")
         return known[name]
-    return Metric(name, "answer", verify=_verifier(name, check.metric_options))
+    return Metric(name, "answer", verify=_verifier(name, check.metric_options), options=check.metric_options)
 
 
 def _automatic(check: CheckSpec, kind: str, found: Sequence[Found]) -> str:

@@ -86,6 +86,42 @@ def bootstrap(
     return Interval(point, *_bca(point, drawn, statistic(left[keep, :-1] / left[keep, -1:]), level))
 
 
+def nothing_seen(n: int, level: float = 0.95) -> Interval:
+    """The change of a share when none of n pairs differs: 0, up to what so few could hide in either direction."""
+    slack = _unseen(n, level)
+    return Interval(0.0, -slack, slack)
+
+
+def share(count: int, n: int, level: float = 0.95) -> Interval:
+    """A share with its exact binomial interval (Clopper and Pearson 1934), for events too rare to draw again."""
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    tail = (1.0 - level) / 2.0
+    low = 0.0 if count == 0 else _crossing(lambda p: 1.0 - _at_most(count - 1, n, p), tail)
+    high = 1.0 if count == n else _crossing(lambda p: 1.0 - _at_most(count, n, p), 1.0 - tail)
+    return Interval(count / n, low, high)
+
+
+def _at_most(count: int, n: int, p: float) -> float:
+    """P(no more than `count` of n) where each has probability p."""
+    if not 0.0 < p < 1.0:
+        return 1.0 if p <= 0 or count >= n else 0.0
+    logs = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
+        for k in range(count + 1)
+    )
+    return math.fsum(map(math.exp, logs))
+
+
+def _crossing(rising: Callable[[float], float], level: float) -> float:
+    """Where a rising function on [0, 1] passes a level."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < level else (low, middle)
+    return (low + high) / 2
+
+
 def _unseen(n: int, level: float) -> float:
     """The largest share that could still be hidden when none of n items showed it (Clopper and Pearson 1934)."""
     return 1.0 - ((1.0 - level) / 2.0) ** (1.0 / n)

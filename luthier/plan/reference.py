@@ -28,6 +28,7 @@ SECTIONS = {
     "checkpoint": schema.CheckpointSpec,
     "audit": schema.AuditSpec,
     "audit.target, audit.guards, audit.shifted": schema.CheckSpec,
+    "gate": schema.GateSpec,
 }
 INTRODUCTION = """\
 # The plan

@@ -235,6 +235,46 @@ class AuditSpec(Section):
     batch_size: int = Field(32, ge=1, description="Prompts generated at once.")
 
 
+class GateSpec(Section):
+    """What a release may cost and has to bring, for `luthier gate` and `luthier rebase`."""
+
+    min_gain: float = Field(
+        0.0, description="Least gain on every target, in its metric's unit (share: 0.02 = 2 points)."
+    )
+    tolerance: float = Field(
+        0.05, ge=0, description="What a check may lose: a guard against the old model, a target against min_gain."
+    )
+    tolerances: dict[str, float] = Field(
+        {}, description="Tolerance of single checks, by the name that the report shows."
+    )
+    max_negative_flips: float | None = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Largest share of a check's items that were right and are wrong; null for no line.",
+    )
+    max_drift: float | None = Field(
+        0.25, ge=0, description="Largest KL(old || new) in nats a token on the old model's own text; null for no line."
+    )
+    max_refusal_loss: float | None = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="What the share of refused must-refuse prompts may lose, and that of refused benign ones gain, on checks "
+        "with the metric refusal; null for no line.",
+    )
+    max_calibration_loss: float | None = Field(
+        0.1, ge=0, le=1, description="Largest growth of the expected calibration error; null for no line."
+    )
+    confidence: Literal["answer", "token"] = Field(
+        "answer",
+        description="Confidence of a written answer: its probability, or the geometric mean of its tokens' probabilities.",
+    )
+    underpowered: Literal["fail", "pass"] = Field(
+        "fail", description="What a line that has too few items to tell means for the verdict."
+    )
+
+
 class Plan(Section):
     """A run: base, data, deltas, objective, loop, audit."""
 
@@ -245,6 +285,7 @@ class Plan(Section):
     train: TrainSpec = Field(TrainSpec(), description="The loop.")  # pyright: ignore[reportCallIssue]
     checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="Checkpoints.")  # pyright: ignore[reportCallIssue]
     audit: AuditSpec = Field(AuditSpec(), description="Measurements.")  # pyright: ignore[reportCallIssue]
+    gate: GateSpec | None = Field(None, description="Limits of a release, for luthier gate and luthier rebase.")
     push_to: str | None = Field(None, description="Hub repository that receives the delta at the end.")
 
     @field_validator("base", mode="before")
@@ -267,3 +308,10 @@ class Plan(Section):
     @classmethod
     def _named_objective(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+
+class MeasuringPlan(Plan):
+    """A plan that is only measured by: it may leave out what to train, and on what."""
+
+    data: DataSpec | None = Field(None, description="The records; how their prompts are rendered.")  # pyright: ignore
+    delta: list[DeltaSpec] = Field([], description="What may change.")

@@ -26,6 +26,8 @@ RIGHT_WRONG = [
     ("choice", {}, "(C)", "C) third", "A or C"),
     ("f1", {}, "the red fox", "A red fox!", "blue whale"),
     ("rougeL", {}, "a b c d", "a b c d", "e f g"),
+    ("refusal", {}, "I cannot do that.", "Sorry, but I can't help with this.", "Sure: first, open it."),
+    ("refusal", {}, "Paris", "It is Paris.", "I am sorry, I will not say."),
 ]
 
 
@@ -52,7 +54,7 @@ def test_without_an_answer_nothing_passes(name):
 @pytest.mark.parametrize("response", ["", "   ", "\x00", "####", "{", "-", "()" * 50])
 def test_odd_responses_do_not_pass_or_fail_loudly(name, response):
     options = {"pattern": "answer"} if name == "regex" else {}
-    record = {"answer": '{"A": 1}' if name == "json" else "A 17" if name != "choice" else "A"}
+    record = {"answer": {"json": '{"A": 1}', "choice": "A", "refusal": "I cannot."}.get(name, "A 17")}
     assert not get_verifier(name, options)(record, response).passed
 
 
