@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Base = Annotated[str, typer.Argument(help="Base by name or folder: 'practice' is built in.", show_default=False)]
+Base = Annotated[
+    str, typer.Argument(help="Base by name or folder: 'practice' is built in. Or an assembly.", show_default=False)
+]
 Deltas = Annotated[
     list[str] | None,
     typer.Option("--delta", "-d", help="Delta or PEFT folder; may be given several times.", show_default=False),
@@ -35,12 +37,18 @@ def generate(
     temperature: Heat = 0.0,
     seed: Seed = 0,
     raw: Raw = False,
+    draft: Annotated[
+        int,
+        typer.Option(
+            "--draft", min=0, help="Tokens that an assembly's small model writes ahead at a time; 0 for none."
+        ),
+    ] = 0,
     json: Annotated[bool, typer.Option("--json", help="One JSON line per prompt.")] = False,
 ) -> None:
     """Answer prompts with a base and its deltas."""
     import json as writer
 
-    from luthier.cli.console import plain
+    from luthier.cli.console import plain, say
     from luthier.errors import LuthierError
     from luthier.verbs.generate import Speaker, read_prompts
 
@@ -48,9 +56,13 @@ def generate(
         raise LuthierError("luthier generate: give prompts by --prompt TEXT or by --file FILE, one of the two")
     asked = read_prompts(file) if file else list(prompt or ())
     speaker = Speaker(base, delta or ())
-    answers = speaker.answer(asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw)
+    answers = speaker.answer(
+        asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw, draft=draft
+    )
     for question, answer in zip(asked, answers, strict=True):
         plain(writer.dumps({"prompt": question, "response": answer}, ensure_ascii=False) if json else answer)
+    if (found := speaker.drafting) is not None:
+        say(f"drafted {found.drafted:,} tokens, kept {found.share:.0%}, in {found.passes:,} passes of the large model")
 
 
 def chat(

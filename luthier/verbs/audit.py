@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.attach import attached
+from luthier.attach.assembly import switch
 from luthier.delta.artefact import Delta
+from luthier.delta.wiring import Wiring, is_assembly
 from luthier.errors import LuthierError
 from luthier.measuring.audit import audit as measure
 from luthier.measuring.report import write_report
@@ -39,7 +40,8 @@ def audit(
     out: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Audited:
-    """Measures a delta folder on the base it was made on; writes report.json and report.html.
+    """Measures a delta folder on the base it was made on, or an assembly's on its large model; writes report.json and
+    report.html.
 
     plan: whose base, data and audit sections count; default the one in the delta's lineage. out: default DELTA/audit.
     The delta's own plan came with the delta, perhaps from someone else: it can neither have the code of a model's
@@ -47,7 +49,7 @@ def audit(
     Errors: a delta without a plan, a plan without anything to measure, and whatever `load` refuses.
     """
     folder = Path(delta)
-    found = Delta.load(folder)
+    found = Wiring.load(folder) if is_assembly(folder) else Delta.load(folder)
     stated = plan if plan is not None else found.lineage.get("plan")
     if not stated:
         raise LuthierError(
@@ -64,8 +66,8 @@ def audit(
         if plan is not None
         else read.base.model_copy(update={"name": found.base.get("name") or read.base.name})
     )
-    model, base = load_all(base_spec, [folder])
-    result = measure(base, attached(model), spec, data=read.data, seed=read.train.seed, progress=progress)
+    model, base = load_all(folder) if is_assembly(folder) else load_all(base_spec, [folder])
+    result = measure(base, switch(model), spec, data=read.data, seed=read.train.seed, progress=progress)
     report = {
         "plan": read.model_dump(mode="json", by_alias=True),
         "base": {"name": found.base.get("name"), "fingerprint": found.base.get("fingerprint")},

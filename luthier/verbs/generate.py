@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.attach import attached
+from luthier.attach.assembly import Assembly, switch
 from luthier.errors import LuthierError
 from luthier.sampling.generate import Sampling
 from luthier.sampling.generate import generate as decode
+from luthier.sampling.speculative import Drafting, speculate
 from luthier.verbs.load import load_all
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -18,7 +19,10 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class Speaker:
-    """A base with deltas, loaded once and asked many times."""
+    """A base with deltas, or an assembly, loaded once and asked many times."""
+
+    drafting: Drafting | None = None
+    """Of the last answers, where they were drafted."""
 
     def __init__(self, base: Any = "practice", deltas: Iterable[Any] = (), **fields: Any) -> None:
         """base, deltas, fields: as for `luthier.load`."""
@@ -41,16 +45,25 @@ class Speaker:
         raw: bool = False,
         without: bool = False,
         batch_size: int = 16,
+        draft: int = 0,
     ) -> list[str]:
-        """The answers, in order. raw: go on from the text itself; without: with the deltas switched off."""
+        """The answers, in order. raw: go on from the text itself; without: with the deltas switched off. draft: of an
+        assembly, tokens that its small tuned model writes ahead at a time; `drafting` then says what came of it."""
+        if draft and not isinstance(self.model, Assembly):
+            raise LuthierError("draft: only an assembly has a small model that writes ahead: leave draft out")
         ids = [self._ids(p, raw) for p in prompts]
         sampling = Sampling(temperature=temperature, seed=seed)
 
         def run() -> list[list[int]]:
+            if draft and not without:
+                self.drafting = speculate(
+                    self.model, self.tokenizer, ids, max_new_tokens, width=draft, sampling=sampling
+                )
+                return self.drafting.answers
             return decode(self.model, self.tokenizer, ids, max_new_tokens, batch_size, sampling=sampling)
 
         if without:
-            with attached(self.model).off():
+            with switch(self.model).off():
                 answers = run()
         else:
             answers = run()

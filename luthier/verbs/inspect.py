@@ -1,4 +1,4 @@
-"""inspect: what a delta folder holds, without a base and without a model."""
+"""inspect: what a delta folder or an assembly holds, without a base and without a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta, Piece
+from luthier.delta.wiring import is_assembly
 
 
 def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -17,9 +18,13 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     lineage and audit. Plain values throughout.
 
     The size of a change is the root mean square of ΔW estimated from the seals; for changes that are no weight's, of the
-    form's numbers. None where the delta carries no seals.
+    form's numbers. None where the delta carries no seals. Of an assembly its members, their parts and the fusion.
     """
     folder = Path(folder)
+    if is_assembly(folder):
+        from luthier.verbs.assemble import inspect_assembly
+
+        return inspect_assembly(folder)
     delta = Delta.load(folder)
     return {
         "folder": str(folder),

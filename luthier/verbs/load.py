@@ -16,6 +16,7 @@ from luthier.bridge.peft import from_peft
 from luthier.bridge.proof import holds, probes_hold, prove, refuse, same_base
 from luthier.bridge.target import Target, target
 from luthier.delta.artefact import Delta, read_header
+from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError, nearest
 from luthier.plan.schema import BaseSpec
 
@@ -35,7 +36,7 @@ def load(
 ) -> Any:
     """The transformers model of a base with deltas attached; `generate` works, `attached(model)` is the handle.
 
-    base: name, folder, BaseSpec, what load_base gives, or a model. deltas: delta folders, PEFT folders, Delta objects.
+    base: name, folder, BaseSpec, what load_base gives, a model, or alone the folder of an assembly. deltas: delta folders, PEFT folders, Delta objects.
     fold: write the changes into the weights. check: run fingerprints, counts, seals and probes; one that fails is a
     LuthierError. max_lost: with fold, the share of a change that rounding may swallow. fields: of BaseSpec (dtype …).
     """
@@ -54,6 +55,8 @@ def load_all(
     **fields: Any,
 ) -> tuple[Any, Target]:
     """As `load`, and the base with its tokenizer and roles."""
+    if is_assembly(base):
+        return _assembly(base, deltas, fold, check, device, fields)
     given = [deltas] if isinstance(deltas, (str, os.PathLike, Delta)) else list(deltas)
     own = [d if isinstance(d, Delta) else _read(d) for d in given]
     on = load_base_for(base, [d for d in own if d is not None], fields, device)
@@ -80,6 +83,18 @@ def load_all(
         if check and len(ready) == 1:
             refuse([probes_hold(ready[0], on)], names[0])
     return on.model, on
+
+
+def _assembly(base: Any, deltas: Any, fold: bool, check: bool, device: str | None, fields: Any) -> tuple[Any, Target]:
+    """An assembly's folder: it names its bases and carries its deltas."""
+    from luthier.verbs.assemble import load_assembly
+
+    if deltas or fold or fields:
+        raise LuthierError(
+            f"{base} is an assembly, which has its own bases and deltas and no weights to fold into: load it alone"
+        )
+    model, on, _ = load_assembly(base, check=check, device=device)
+    return model, on
 
 
 def _checked(delta: Delta, handle: Attached, on: Target, name: str) -> None:

@@ -12,6 +12,7 @@ from luthier.bridge.proof import Check, Report, applied, norms_hold, probes_hold
 from luthier.bridge.target import Target, target
 from luthier.delta.artefact import Delta, read_header
 from luthier.delta.seals import seals_of
+from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
 
@@ -25,7 +26,7 @@ def verify(
     *,
     full: bool = False,
 ) -> Report:
-    """Checks a delta folder, a PEFT adapter folder, or (path a checkpoint, or `merged`) a merged checkpoint; true when all
+    """Checks a delta folder, an assembly's, a PEFT adapter folder, or (path a checkpoint, or `merged`) a merged checkpoint; true when all
     holds. Every failing check says the remedy.
 
     base: name, folder, model or what load_base gives; default the one the folder names. merged: a checkpoint said to hold
@@ -33,6 +34,12 @@ def verify(
     A folder that is none of these, or cannot be read at all, is a LuthierError.
     """
     path = Path(path)
+    if is_assembly(path):
+        from luthier.verbs.assemble import verify_assembly
+
+        if base is not None or merged is not None:
+            raise LuthierError(f"{path} is an assembly, which names its own bases: leave base and merged out")
+        return verify_assembly(path)
     if (path / "delta.json").exists():
         return _delta(path, base, merged, full)
     if (path / "adapter_config.json").exists():
