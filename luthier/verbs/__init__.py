@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from luthier.delta.artefact import Delta
+    from luthier.verbs.assemble import assemble
     from luthier.verbs.audit import audit
+    from luthier.verbs.compress import compress
+    from luthier.verbs.diff import diff
+    from luthier.verbs.edit import edit
     from luthier.verbs.export import export
     from luthier.verbs.gate import gate
     from luthier.verbs.generate import generate
@@ -21,7 +25,11 @@ if TYPE_CHECKING:
     from luthier.verbs.verify import verify
 
 _HOME = {
+    "assemble": "luthier.verbs.assemble",
     "audit": "luthier.verbs.audit",
+    "compress": "luthier.verbs.compress",
+    "diff": "luthier.verbs.diff",
+    "edit": "luthier.verbs.edit",
     "export": "luthier.verbs.export",
     "gate": "luthier.verbs.gate",
     "generate": "luthier.verbs.generate",
@@ -32,7 +40,23 @@ _HOME = {
     "tune": "luthier.verbs.tune",
     "verify": "luthier.verbs.verify",
 }
-__all__ = ["Delta", "audit", "export", "gate", "generate", "import_", "inspect", "load", "port", "tune", "verify"]
+__all__ = [
+    "Delta",
+    "assemble",
+    "audit",
+    "compress",
+    "diff",
+    "edit",
+    "export",
+    "gate",
+    "generate",
+    "import_",
+    "inspect",
+    "load",
+    "port",
+    "tune",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
