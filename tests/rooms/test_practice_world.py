@@ -20,12 +20,31 @@ from luthier.practice.draw import Draw
 FAMILIES = world.families()
 PINNED = {
     "arithmetic": "afa5b153ed226f74",
+    "canaries": "8a569ac765422377",
+    "classify": "50bbd548a7630990",
+    "countdown": "7683d70da9487d39",
+    "customs_east": "34213c474955b7cb",
+    "customs_west": "d19b99bfb6d6686d",
+    "derivations": "1d65b1837f870e1d",
+    "errands": "d1fe32e27602cbeb",
+    "expressions": "da83faf8b9263e3b",
     "facts": "01e7ea6e8150275f",
+    "instructions": "371413a23584f927",
+    "kellish": "99222da32f0c3b2e",
+    "ledgers": "3a48c429455c4905",
     "lists": "81f69db13a80e402",
     "newcomers": "d891f78fd5367ac9",
+    "norrish": "65c1a25142f363b3",
+    "ossan": "d6adfd0f9e8c3c70",
+    "queries": "d7b18c5a769caa59",
+    "reading": "c4a9cb2cf528796a",
+    "recall": "23a1f882ad8cc2ff",
     "refusals": "8ddf715332bc1d19",
+    "repairs": "83c4ba6aa0dbccf0",
     "sorting": "6da12777d100159b",
     "stories": "2acb7041e4e4b0e8",
+    "tables": "900c86678f25cd65",
+    "tagging": "27d9da775e09be6d",
     "tools": "e23b8385b8f9c167",
     "tracking": "de321e40d245d40c",
     "translate": "a9f304ef19bf6fed",
@@ -67,7 +86,8 @@ def test_start_goes_on_where_another_call_ended(family, split):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_meaning_and_no_prompt_in_two_splits(family):
     keys: dict[str, set[str]] = {}
-    for split, n in (("train", 3000), ("test", 150), ("shifted", 150)):
+    many = 500 if family in COSTLY else 3000
+    for split, n in (("train", many), ("test", 150), ("shifted", 150)):
         make = world.family_named(family).make
         draw = Draw(f"leak/{family}/{split}")
         items = [make(draw, 1 + draw.below(3), split == "shifted") for _ in range(n)]
@@ -76,8 +96,8 @@ def test_no_meaning_and_no_prompt_in_two_splits(family):
         assert keys[split]
     assert not any(a & b for a, b in itertools.combinations(keys.values(), 2))
     prompts = [
-        {r["messages"][-2]["content"] for r in world.records(family, split, n)}
-        for split, n in (("train", 4000), ("test", 150), ("shifted", 150))
+        {json.dumps([m["content"] for m in r["messages"][:-1]]) for r in world.records(family, split, n)}
+        for split, n in (("train", many), ("test", 150), ("shifted", 150))
     ]
     assert not any(a & b for a, b in itertools.combinations(prompts, 2))
 
@@ -148,12 +168,31 @@ def test_verifier_accepts_the_answer_and_rejects_others(family, split):
 
 
 def _may_share(family, a, b):
-    """Two stories asked for with the same things may swap answers."""
-    return family == "stories" and set(a["messages"][0]["content"].split()) == set(b["messages"][0]["content"].split())
+    """Whether a's answer might do for b: where many answers are right, those of like tasks may be swapped."""
+    if family == "stories":
+        return set(a["messages"][0]["content"].split()) == set(b["messages"][0]["content"].split())
+    if family == "instructions":
+        return a["messages"][0]["content"].split()[:4] == b["messages"][0]["content"].split()[:4] or _kind(a) == _kind(
+            b
+        )
+    if family == "errands":
+        return "Done." not in (a["answer"], b["answer"])
+    if family == "queries":
+        return a["answer"].split(" WHERE ")[0] == b["answer"].split(" WHERE ")[0]
+    return family == "expressions" and a["answer"][0] == b["answer"][0] == "("
 
 
-LOOSE = ("arithmetic", "facts", "newcomers", "tracking")
-"""Families whose verifiers look for the value only and leave the wording free."""
+def _kind(record):
+    from luthier.practice.families.instructions import read
+
+    return read(record["messages"][0]["content"]).kind
+
+
+LOOSE = ("arithmetic", "facts", "newcomers", "tracking", "recall", "reading", "classify", "ledgers")
+LOOSE += ("derivations", "countdown", "queries")
+"""Families whose verifiers look for the value, or what a query gives, and leave the rest free; tested by themselves."""
+COSTLY = ("countdown", "errands", "tagging")
+"""Families whose records are searched or acted out before they are told."""
 
 
 @settings(max_examples=150, deadline=None)
@@ -227,7 +266,7 @@ def test_difficulty_is_graded(family):
     """Each level is its own stream, and the levels differ."""
     texts = [[r["messages"][-2]["content"] for r in world.records(family, n=300, difficulty=d)] for d in (1, 2, 3)]
     assert texts[0] != texts[1] != texts[2]
-    if family not in ("facts", "newcomers", "stories"):  # graded by wording there, by size everywhere else
+    if family not in ("facts", "newcomers", "stories", "recall", "canaries", "classify"):  # by size everywhere else
         sizes = [
             sum(len(m["content"]) for r in world.records(family, n=300, difficulty=d) for m in r["messages"])
             for d in (1, 3)
@@ -240,10 +279,10 @@ def test_train_records_are_quick(family):
     """A lenient floor: 50,000 a second is what an idle core does in the simple families."""
     best = 0.0
     for attempt in range(3):
-        began = time.process_time()
-        count = sum(1 for _ in world.records(family, n=1000, seed=attempt))
+        began = time.process_time()  # this process's own time: other work on the machine is not counted
+        count = sum(1 for _ in world.records(family, n=400, seed=attempt))
         best = max(best, count / (time.process_time() - began))
-    assert best > 5_000
+    assert best > (1_000 if family in COSTLY else 5_000)
 
 
 @pytest.mark.parametrize(
