@@ -41,8 +41,8 @@ def kth(chunk: Chunk, n: int, ranks: list[int]) -> list[tuple[int, int, int]]:
     """The magnitudes at the given ranks (0 the smallest) among n entries.
 
     Each as (bits, below, equal): the bit pattern of |x| (of float32 for wider types), how many entries are smaller
-    and how many equal. One pass counts the upper 16 bits, for 32-bit types a second one looks into the bucket that
-    holds the rank. Exact; n must be positive.
+    and how many equal. One pass counts the upper 16 bits, for 32-bit types a second one counts the lower 15 bits in
+    the bucket that holds the rank. Exact; n must be positive.
     """
     counts, shift = torch.zeros(1 << 16, dtype=torch.int64), 0
     for a, b in spans(n):
@@ -52,17 +52,18 @@ def kth(chunk: Chunk, n: int, ranks: list[int]) -> list[tuple[int, int, int]]:
     buckets = [int(torch.searchsorted(upto, rank, right=True)) for rank in ranks]
     if not shift:
         return [(k, int(upto[k] - counts[k]), int(counts[k])) for k in buckets]
-    members: dict[int, list[Tensor]] = {k: [] for k in buckets}
+    size = 1 << shift
+    inside = {k: torch.zeros(size + 2, dtype=torch.int64) for k in buckets}
     for a, b in spans(n):
         bits, _ = _bits(chunk(a, b))
-        keys = bits.bitwise_right_shift(shift)
-        for k, found in members.items():
-            found.append(bits[keys == k])
+        for k, found in inside.items():  # bins 0 and size + 1 hold what lies outside of the bucket
+            found += torch.bincount(bits.sub(k * size - 1).clamp_(0, size + 1), minlength=size + 2)
     out = []
     for k, rank in zip(buckets, ranks, strict=True):
-        inside, below = torch.cat(members[k]), int(upto[k] - counts[k])
-        value = int(inside.kthvalue(rank - below + 1).values)
-        out.append((value, below + int((inside < value).sum()), int((inside == value).sum())))
+        below, fine = int(upto[k] - counts[k]), inside[k][1:-1]
+        reach = fine.cumsum(0)
+        j = int(torch.searchsorted(reach, rank - below, right=True))
+        out.append((k * size + j, below + int(reach[j] - fine[j]), int(fine[j])))
     return out
 
 
@@ -76,9 +77,9 @@ class Band:
     low: int
     high: int
     skip: int = 0
-    """How many of the entries equal to `low` fall out, if not all of them stay."""
+    """How many of the entries equal to `low` fall out, the first ones, if not all of them stay."""
     take: int | None = None
-    """How many of the entries equal to `high` stay; None for all."""
+    """How many of the entries equal to `high` stay, the first ones; None for all."""
     listed: Tensor | None = None
     """Flags of all entries [n], where a sort has decided."""
 
@@ -88,31 +89,47 @@ class Band:
         Pieces have to come in order, from entry 0.
         """
         if a == 0:
-            self._skipped, self._taken = 0, 0
+            self._skip, self._take = self.skip, self.take
         if self.listed is not None:
             return d.mul_(self.listed[a : a + d.numel()])
         bits, _ = _bits(d)
-        high, drop = self.high, []
-        if self._skipped < self.skip:
-            tied = (bits == self.low).nonzero()[:, 0][: self.skip - self._skipped]
-            self._skipped += len(tied)
-            drop.append(tied)
-        if self.take is not None and self._taken < self.take:
-            tied = (bits == high).nonzero()[:, 0]
-            drop.append(tied[self.take - self._taken :])
-            self._taken += len(tied)
-        elif self.take is not None:
-            high -= 1
-        if d.dtype.itemsize == bits.dtype.itemsize:  # zeroed through the integers: the fastest of ways
-            raw = d.view(bits.dtype)
-            if high < torch.iinfo(bits.dtype).max:
-                raw.mul_(bits.clone().le_(high))
-            raw.mul_(bits.ge_(self.low))
-        else:
-            d.mul_(bits.ge(self.low).logical_and_(bits.le(high)))
-        for tied in drop:
-            d[tied] = 0
+        low, high, dropped = self.low, self.high, None
+        if self._skip:
+            tied = torch.eq(bits, low, out=torch.empty_like(bits))
+            count = int(tied.sum())
+            if count <= self._skip:
+                low += 1  # all that tie here fall out
+                self._skip -= count
+            else:
+                dropped, self._skip = tied.nonzero()[: self._skip, 0], 0
+        if self._take is not None:
+            tied = torch.eq(bits, high, out=torch.empty_like(bits)) if self._take else None
+            count = int(tied.sum()) if tied is not None else 1
+            if tied is None:
+                high -= 1
+            elif count <= self._take:
+                self._take -= count
+            else:
+                dropped, self._take = _join(dropped, tied.nonzero()[self._take :, 0]), 0
+        _zero_outside(d, bits, low, high)
+        if dropped is not None:
+            d[dropped] = 0
         return d
+
+
+def _join(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else torch.cat([a, b])
+
+
+def _zero_outside(d: Tensor, bits: Tensor, low: int, high: int) -> None:
+    """Multiplies by 0 and 1 as integers of d's width, which is the fastest of ways; overwrites `bits`."""
+    if d.dtype.itemsize != bits.dtype.itemsize:
+        d.mul_(bits.ge(low).logical_and_(bits.le(high)))
+        return
+    raw = d.view(bits.dtype)
+    if high < torch.iinfo(bits.dtype).max:
+        raw.mul_(bits.clone().le_(high))
+    raw.mul_(bits.ge_(low))
 
 
 def band(chunk: Chunk, n: int, first: int, last: int, sort: Callable[[Tensor], Tensor]) -> Band:
@@ -120,14 +137,17 @@ def band(chunk: Chunk, n: int, first: int, last: int, sort: Callable[[Tensor], T
 
     sort: magnitudes [n] to the indices of the band; asked only where entries tie at a limit and n ≤ SMALL.
     """
-    (low, below, equal), (high, under, same) = kth(chunk, n, [first, last - 1])
-    skip, take = first - below, last - under
+    top = torch.iinfo(torch.int32).max
+    (low, below, equal), *rest = kth(chunk, n, [first] if last == n else [first, last - 1])
+    skip, high, take, same = first - below, top, 0, 0
+    if rest:
+        high, under, same = rest[0]
+        take = last - under
     if (skip or take < same) and n <= SMALL:
         whole = torch.cat([chunk(a, b).abs() for a, b in spans(n)])
         flags = torch.zeros(n, dtype=whole.dtype)
         flags[sort(whole.float())] = 1
         return Band(low, high, listed=flags)
-    if low == high:
+    if low == high:  # both limits cut through the same ties: the first fall out, those after them stay
         take = skip + last - first
-    top = torch.iinfo(torch.int32).max
-    return Band(low, high if last < n else top, skip, take if take < same else None)
+    return Band(low, high, skip, take if take < same else None)
