@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from luthier.cli import compress, data, deltas, demo, diff, doctor, edit, gate, merge, papers, port, talk, tune
+from luthier.cli import compress, data, deltas, demo, diff, doctor, edit, gate, merge, papers, port, rebase, talk, tune
 
 app = typer.Typer(
     name="luthier",
@@ -45,6 +45,7 @@ app.command("compress")(compress.compress)
 app.command("merge")(merge.merge)
 app.command("import")(deltas.import_)
 app.command("port")(port.port)
+app.command("rebase")(rebase.rebase)
 app.command("assemble")(port.assemble)
 app.command("generate")(talk.generate)
 app.command("chat")(talk.chat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,7 +20,7 @@ class Change:
     base: Tensor
     """The base's weight [d_out, d_in], float32."""
     change: Tensor
-    """tuned − base [d_out, d_in], float32."""
+    """tuned − base [d_out, d_in], float32; of an embedding the table's, [vocabulary, hidden]."""
     inputs: Tensor | None = None
     """Inputs of the site on the calibration text [N, d_in], as the model under compression gives them."""
     generator: Generator | None = None
@@ -48,8 +49,12 @@ class Compression:
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
     """Kinds of site it compresses; the change of others is kept as it is, or dropped where the plan says so."""
     tunes: ClassVar[bool] = False
-    """Whether `p` is tuned afterwards so that the model's logits match the tuned model's on calibration text."""
+    """Whether `p["scale"]` is tuned afterwards so that the model's logits match the tuned model's on calibration text."""
     paper: ClassVar[str] = ""
+
+    def factors(self) -> Sequence[float]:
+        """Factors on every matrix's scale, of which the one with the least loss on calibration text is kept."""
+        return ()
 
     def compress(self, c: Change) -> Small:
         """The change in its smaller form. What is handed in may not be written to."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.verbs.inspect import inspect
     from luthier.verbs.load import load
     from luthier.verbs.port import port
+    from luthier.verbs.rebase import rebase
     from luthier.verbs.tune import tune
     from luthier.verbs.verify import verify
 
@@ -37,6 +38,7 @@ _HOME = {
     "inspect": "luthier.verbs.inspect",
     "load": "luthier.verbs.load",
     "port": "luthier.verbs.port",
+    "rebase": "luthier.verbs.rebase",
     "tune": "luthier.verbs.tune",
     "verify": "luthier.verbs.verify",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "inspect",
     "load",
     "port",
+    "rebase",
     "tune",
     "verify",
 ]

@@ -38,6 +38,10 @@ MORE = [
     Case("prompt", "opt", {"length": 3}),
     Case("prompt", "gemma", {"length": 1}),
     Case("sparse", "llama", {"entries": 9, "by": "largest"}),
+    Case("signs", "llama", {}, ["embed", "head"]),
+    Case("ternary", "llama", {"density": 0.3}, ["embed", "head"]),
+    Case("two-four", "llama", {"bits": 4, "group": 20}, ["embed", "ffn"]),
+    Case("mixed-bits", "llama", {"bits": (4, 2), "directions": (3,), "budget": 3.0}, ["embed", "attn"]),
 ]
 CASES = [case for name in TRAINED for case in default_cases(name)] + MORE
 
@@ -55,6 +59,7 @@ def test_every_form_meets_every_check() -> None:
     met = {(case.form, check) for case in over["case"] for check in over["check"]}
     assert met == {(name, check) for name in FORMS if FORMS[name].at != "base" for check in CHECKS}
     files = {f"luthier.forms.{path.stem}" for path in Path(forms.__path__[0]).glob("[!_]*.py")}
+    files.remove("luthier.forms.engine")
     assert {FORMS[name].__module__ for name in FORMS} == files
     assert len({str(case) for case in CASES}) == len(CASES)
 

@@ -1,0 +1,111 @@
+"""What a tuned model changed of its base, one parameter at a time: from a delta, or from two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from luthier.attach.weights import oriented
+from luthier.bridge.checkpoint import Checkpoint
+from luthier.delta import No, Site, State
+from luthier.delta.artefact import Delta, Piece
+from luthier.errors import LuthierError
+
+
+class Tuned(Protocol):
+    """The tuned model's side. Parameters go by their full names in memory and lie as the model lays them out."""
+
+    def moved(self, name: str) -> bool:
+        """Whether a parameter may differ from the base's."""
+        ...
+
+    def tuned(self, name: str) -> Tensor:
+        """A parameter's tuned values: exact where they are stored so, else float32."""
+        ...
+
+
+class Pair:
+    """Two checkpoints of one architecture."""
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
+        self.base, self.other = base, tuned
+        missing = sorted(set(base.shapes) - set(tuned.shapes))
+        if missing:
+            raise LuthierError(f"{tuned.folder} has no {missing[0]}, which {base.folder} has: another architecture")
+        for name in base.items:
+            if base.shapes[name] != tuned.shapes[name]:
+                raise LuthierError(
+                    f"{name} is {base.shapes[name]} in {base.folder} and {tuned.shapes[name]} in {tuned.folder}: give a "
+                    "tuned checkpoint of this base with its own vocabulary"
+                )
+
+    def moved(self, name: str) -> bool:
+        return True
+
+    def tuned(self, name: str) -> Tensor:
+        return self.other.tensor(name)
+
+
+class OfDelta:
+    """A base with a delta on it; every form that has a weight change."""
+
+    def __init__(self, base: Checkpoint, delta: Delta, aliases: Callable[[str], list[str]]) -> None:
+        self.base, self.delta = base, delta
+        self._at: dict[str, list[tuple[Piece, str, Site]]] = {}
+        for piece in delta.pieces:
+            if isinstance(piece.form.dense, No):
+                raise LuthierError(f"piece '{piece.name}' has no weight change to compress: {piece.form.dense.reason}")
+            for key, site in piece.sites.items():
+                own = key if piece.form.at == "base" else f"{site.name}.{site.parameter}"
+                tied = aliases(own)
+                if tied and piece.form.at != "base":
+                    raise LuthierError(
+                        f"piece '{piece.name}' changes one use of the tied {own}: 'luthier export' it to a checkpoint and "
+                        "compress that"
+                    )
+                names = {own, *tied}
+                if piece.form.at != "base" and site.parameter != "bias":
+                    names.add(f"{site.name}.bias")
+                for name in names:
+                    self._at.setdefault(name, []).append((piece, key, site))
+        for rows in self._at.values():
+            rows.sort(key=lambda row: (row[0].form.at != "base", row[0].form.at != "weight"))
+
+    def moved(self, name: str) -> bool:
+        return name in self._at
+
+    def tuned(self, name: str) -> Tensor:
+        now: Tensor = self.base.tensor(name)
+        began = now
+        for piece, key, site in self._at.get(name, ()):
+            p, fixed = piece.p.get(key, {}), piece.fixed.get(key, {})
+            if piece.form.at == "base":
+                edited: Tensor = piece.form.edit(now, State(site, p, fixed, lambda now=now: now))  # pyright: ignore
+                now = edited if piece.scale == 1 else now.float() + piece.scale * (edited.float() - now.float())
+                continue
+            own = name == f"{site.name}.{site.parameter}"
+            seen = began if piece.form.at == "weight" else now
+            weight = seen if own else self.base.tensor(f"{site.name}.{site.parameter}")
+            bias = (seen if not own else self._bias(site)) if site.bias else None
+            state = State(site, p, fixed, lambda w=weight, s=site: oriented(w.float(), s), bias)
+            change = piece.form.delta(state)
+            if isinstance(change, No):
+                raise LuthierError(f"piece '{piece.name}' at {site.name}: {change.reason}")
+            part = "weight" if own and site.parameter != "bias" else "bias"
+            if part in change:
+                value = oriented(change[part], site) if part == "weight" else change[part]
+                now = now.float() + piece.scale * value
+        return now
+
+    def _bias(self, site: Site) -> Tensor:
+        return self.base.tensor(f"{site.name}.bias").float()
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, all of whose numbers must be finite."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise LuthierError(f"{name} holds NaN or infinity in the tuned model: train or copy it again")
+    return tensor

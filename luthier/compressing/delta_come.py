@@ -1,0 +1,81 @@
+"""Delta-CoMe: singular directions in mixed precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from luthier.delta import COMPRESSIONS, FORMS, Change, Compression, No, Small
+from luthier.parts.packing import pack_codes
+from luthier.parts.rounding import best_step, from_codes, hessian, power_of_two, surgeon, to_codes
+from luthier.parts.svd import truncated_svd
+
+
+@COMPRESSIONS.add("delta-come")
+@dataclass(frozen=True)
+class DeltaCoMe(Compression):
+    """Δ = U S Vᵀ; the strongest directions are kept in many bits, the next in few, the rest not at all.
+
+    V is rounded first, with the errors made good against the calibration inputs X; then U S, against X V̂, from the least
+    squares fit of Δ X on X V̂ (our reading: rounding V is so made good by U, too; the paper rounds U S as it is). Each
+    direction has a step of its own on either side. Source: Ping et al. 2024 (P023).
+    """
+
+    bits: tuple[int, ...] = (8, 3, 2)
+    """Of the groups, strongest first."""
+    directions: tuple[int, ...] = (2, 32)
+    """In every group but the last, which takes what the budget leaves."""
+    budget: float = 1.0
+    """Bits a weight of Δ, all in all."""
+    damp: float = 0.01
+    """Added to the Hessians' diagonals, as a share of their mean."""
+
+    calibrated: ClassVar[bool | No] = True
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
+    paper: ClassVar[str] = "P023"
+
+    def __post_init__(self) -> None:
+        FORMS["mixed-bits"](self.bits, self.directions, self.budget)
+
+    def compress(self, c: Change) -> Small:
+        form = FORMS.make("mixed-bits", {"bits": self.bits, "directions": self.directions, "budget": self.budget})
+        ranks = form.ranks(c.site)
+        scale = power_of_two(c.change.abs().max())
+        _, _, vh = truncated_svd(c.change, sum(ranks), generator=c.generator)
+        h = hessian(c.inputs, c.change.shape[1], self.damp)
+        fixed: dict[str, Tensor] = {}
+        v = self._rounded("v", vh, h, ranks, fixed, across=False)
+        gram = v @ h @ v.t()
+        damped = gram + gram.diagonal().mean().clamp_min(1e-12) * 1e-4 * torch.eye(len(gram))
+        fit = torch.linalg.solve(damped, v @ h @ c.change.t() / scale)
+        self._rounded("u", fit.t(), gram, ranks, fixed, across=True)
+        return Small(form, {"scale": scale[None]}, fixed)
+
+    def _rounded(
+        self, side: str, w: Tensor, h: Tensor, ranks: list[int], fixed: dict[str, Tensor], across: bool
+    ) -> Tensor:
+        """w [r, n] (rows are directions) or, `across`, [n, r] rounded group by group of directions; packed into `fixed`."""
+        bits = torch.repeat_interleave(torch.tensor(self.bits[: len(ranks)]), torch.tensor(ranks))
+        lines = w.t() if across else w
+        parts, steps = lines.split(ranks), []
+        for part, b in zip(parts, self.bits, strict=True):
+            steps.append(best_step(part, b).half().float() if len(part) else part.new_zeros(0, 1))
+        step = torch.cat(steps)[:, 0]
+        codes = torch.zeros(lines.shape, dtype=torch.int64)
+
+        def column(j: int, now: Tensor, d: Tensor) -> Tensor:
+            if across:  # one direction, all its entries
+                codes[j] = to_codes(now[:, j], step[j], int(bits[j]))
+                return from_codes(codes[j], step[j], int(bits[j]))
+            half = (2.0**bits - 1) / 2
+            codes[:, j] = torch.minimum((now[:, j] / step + half).round().clamp_min(0), 2 * half).long()
+            return (codes[:, j] - half) * step
+
+        out = surgeon(w, h, column)
+        for k, (part, b) in enumerate(zip(codes.split(ranks), self.bits, strict=True)):
+            if len(part):
+                fixed[f"{side}{k}"], fixed[f"s{side}{k}"] = pack_codes(part, b), steps[k][:, 0].half()
+        return out

@@ -1,0 +1,177 @@
+"""compress: a tuned model's change in a few bits a weight, as a delta like any other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.algebra.changes import OfDelta, Pair, Tuned
+from luthier.algebra.compress import Outcome, totals
+from luthier.algebra.compress import compress as run
+from luthier.bridge.checkpoint import Checkpoint
+from luthier.bridge.peft import from_peft
+from luthier.bridge.proof import refuse, same_base
+from luthier.bridge.target import Target
+from luthier.delta import COMPRESSIONS, Compression
+from luthier.delta.artefact import Delta
+from luthier.errors import LuthierError
+from luthier.plan.compressing import CompressSpec, load_compressing
+from luthier.plan.schema import BaseSpec
+from luthier.verbs.load import load_base_for
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The compressed delta, where it lies, and what it takes and loses (the report)."""
+
+    delta: Delta
+    out: Path | None
+    report: dict[str, Any]
+
+
+def compress(
+    plan: CompressSpec | Mapping[str, Any] | Delta | str | os.PathLike[str],
+    tuned: str | os.PathLike[str] | None = None,
+    *,
+    method: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+    **settings: Any,
+) -> Compressed:
+    """Compresses the change of a delta, or of a tuned checkpoint against its base; writes the delta to `out`.
+
+    plan: a plan (mapping or YAML file: see plan.compressing.CompressSpec), a delta or PEFT folder, a Delta, or with
+    `tuned` the base. out: a folder that is new or empty. settings: of the plan (calibration, embeddings, sites …) and
+    of the method (density, bits …).
+    Errors: no change to compress, a delta without a weight change, other shapes, NaN, an unknown method or setting, empty
+    calibration text; nothing is then written.
+    """
+    own, spec = _spec(plan, tuned, method, settings, overrides)
+    made: Compression = COMPRESSIONS.make(spec.method, spec.settings)
+    place = None if out is None else _empty(Path(out))
+    _checks(made, spec)
+    progress("reading the base")
+    base, change, own, on = _sides(spec, own, made)
+    outcome = run(base, change, made, spec, on, progress)
+    delta = outcome.delta
+    delta.lineage = _lineage(spec, own, outcome)
+    if own is not None:
+        delta.files = {k: v for k, v in own.files.items() if k != "README.md"}
+        delta.base |= {k: own.base[k] for k in ("labels", "seed", "template") if own.base.get(k)}
+    if place is not None:
+        delta.save(place)
+    return Compressed(delta, place, _report(spec, base, change, outcome, place))
+
+
+def _spec(
+    plan: Any, tuned: Any, method: str | None, settings: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[Delta | None, CompressSpec]:
+    stated: dict[str, Any] = dict(settings) | ({"method": method} if method else {})
+    if isinstance(plan, CompressSpec):
+        plan = plan.model_dump(by_alias=True, exclude_defaults=True)
+    if isinstance(plan, Delta):
+        return plan, load_compressing({"delta": "", **stated}, overrides)
+    if isinstance(plan, Mapping):
+        return None, load_compressing({**plan, **stated}, overrides)
+    name = os.fspath(plan)
+    if Path(name).suffix in (".yaml", ".yml"):
+        from luthier.plan.load import read_plan
+
+        return None, load_compressing({**read_plan(name)[1], **stated}, overrides)
+    if tuned is not None:
+        return None, load_compressing({"base": name, "tuned": os.fspath(tuned), **stated}, overrides)
+    return None, load_compressing({"delta": name, **stated}, overrides)
+
+
+def _checks(method: Compression, spec: CompressSpec) -> None:
+    """Settings that cannot go together."""
+    needs = "to tune its scales" if spec.tune else "for its factors" if method.factors() and spec.calibration else ""
+    if spec.tune and not spec.calibration:
+        raise LuthierError(f"method '{spec.method}' needs calibration text {needs}: state calibration, or tune: false")
+    if spec.calibration and not spec.probes:
+        raise LuthierError("calibration runs the model, which probes: false leaves on disk: leave one of them out")
+
+
+def _sides(
+    spec: CompressSpec, own: Delta | None, method: Compression
+) -> tuple[Checkpoint, Tuned, Delta | None, Target | None]:
+    """The base on disk, the tuned side, the delta it comes from, and the base in memory where it is needed."""
+    if spec.tuned is not None:
+        assert spec.base is not None
+        base = Checkpoint(spec.base)
+        change: Tuned = Pair(base, Checkpoint(BaseSpec.model_validate({"name": spec.tuned, "kind": base.kind})))
+        return base, change, None, load_base_for(spec.base, [], {}, None) if spec.probes else None
+    adapter = own is None and (Path(spec.delta or "") / "adapter_config.json").exists()
+    if own is None and not adapter:
+        if not (Path(spec.delta or "") / "delta.json").exists():
+            raise LuthierError(
+                f"no delta at {spec.delta}: give a delta folder, a PEFT folder, or a base and a checkpoint"
+            )
+        own = Delta.load(spec.delta or "")
+    stated = spec.base or _base_of(spec, own)
+    on = load_base_for(stated, [own] if own else [], {}, None) if spec.probes or own is None else None
+    if own is None:
+        assert on is not None
+        own = from_peft(spec.delta or "", on)
+    elif on is not None and own.base.get("fingerprint"):
+        refuse([c for c in same_base(own, on) if c.name in ("base", "dtype")], spec.delta or "the delta")
+    if own.base.get("new_tokens"):
+        raise LuthierError(f"{spec.delta} brings new tokens: 'luthier export' it to a checkpoint and compress that")
+    base = Checkpoint(stated)
+    return base, OfDelta(base, own, lambda name: base._aliases.get(name, [])), own, on if spec.probes else None
+
+
+def _base_of(spec: CompressSpec, own: Delta | None) -> BaseSpec:
+    named = own.base.get("name") if own is not None else None
+    if own is None:
+        from luthier.bridge.peft_config import read_config
+
+        named = read_config(Path(spec.delta or "")).get("base_model_name_or_path")
+    if not named:
+        raise LuthierError(f"{spec.delta or 'the delta'} names no base: state it (--base)")
+    kind = own.base.get("kind") if own is not None else None
+    return BaseSpec.model_validate({"name": named} | ({"kind": kind} if kind else {}))
+
+
+def _lineage(spec: CompressSpec, own: Delta | None, outcome: Outcome) -> dict[str, Any]:
+    stated = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    lineage: dict[str, Any] = {"made_by": f"compress {spec.method}", "parents": [spec.delta or spec.tuned]}
+    lineage["compress"] = stated | {"matrices": [row.to_dict() for row in outcome.roles]}
+    if own is not None and own.lineage.get("plan"):
+        lineage["plan"] = own.lineage["plan"]
+    return lineage
+
+
+def _report(
+    spec: CompressSpec, base: Checkpoint, change: Tuned, outcome: Outcome, place: Path | None
+) -> dict[str, Any]:
+    parameters = tuned_bytes = 0
+    for name in base.items:
+        shape = base.shapes[name]
+        size = 1
+        for n in shape:
+            size *= n
+        parameters += size
+        width = 2 if spec.dtype in ("bfloat16", "float16") else base.tensor(name).element_size()
+        tuned_bytes += size * width
+    file = (place / "delta.safetensors").stat().st_size if place is not None else outcome.delta.nbytes()
+    return {
+        "method": spec.method,
+        "roles": [row.to_dict() for row in outcome.roles],
+        "total": totals(outcome.roles, file, parameters, tuned_bytes),
+        "logits": outcome.logits,
+        "tries": outcome.tries,
+        "parameters": parameters,
+        "seals": len(outcome.delta.seals),
+        "probes": bool(outcome.delta.probes),
+    }
+
+
+def _empty(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
+    return folder
