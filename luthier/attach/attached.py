@@ -16,7 +16,7 @@ from luthier.attach.numbers import CHILD, Live, key_of, numbers_of, put
 from luthier.attach.point import Placed, Point
 from luthier.attach.prompts import stack_of
 from luthier.attach.weights import gathered, module_at, oriented, read_weight
-from luthier.bases.fingerprint import compare, fingerprint
+from luthier.bases.fingerprint import base_tensors, compare, fingerprint
 from luthier.delta import FORMS, Context, Form, No, Site, State
 from luthier.delta.artefact import Delta, Piece, supply_attacher
 from luthier.errors import LuthierError
@@ -437,11 +437,20 @@ def _same_base(model: nn.Module, delta: Delta) -> None:
         raise LuthierError(
             f"the delta was made on base {stated}, this base is {here}: load the right base or port the delta"
         )
-    if same != "same" and exact:
+    if same != "same" and exact and not _holds(model, getattr(torch, stated.rpartition(":")[2])):
         raise LuthierError(
             f"the delta holds exact differences from base {stated}, this base is {here} (the same in another type): "
             f"load the base with dtype: {stated.rpartition(':')[2]}"
         )
+
+
+def _holds(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a model in a wider type holds nothing but values of this one, as one read from a checkpoint in it does."""
+    return all(
+        torch.promote_types(t.dtype, dtype) == t.dtype and torch.equal(t.to(dtype).to(t.dtype), t)
+        for _, t in base_tensors(model)
+        if t.is_floating_point()
+    )
 
 
 def _detach(model: nn.Module, delta: Delta) -> None:

@@ -17,10 +17,20 @@ from luthier.attach.sites import parameter_items
 from luthier.bases.fingerprint import base_tensors
 from luthier.bases.load import load_base
 from luthier.bases.locate import locate, read_json
+from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.weights_file import DTYPES, index_of
 from luthier.delta import Site
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer_config.json",
+)
 
 
 class Checkpoint:
@@ -35,9 +45,11 @@ class Checkpoint:
         spec = name if isinstance(name, BaseSpec) else BaseSpec.model_validate({"name": os.fspath(name)})
         folder = locate(spec)
         kind = kind or kind_in(folder)
-        self.base: Any = load_base(spec.model_copy(update={"kind": kind}), weights=False)
+        base = load_base(spec.model_copy(update={"kind": kind}), weights=False, tokenizer=False)
         self.name, self.folder, self.kind = spec.name, folder, kind
-        self.model, self.roles, self.tokenizer = self.base.model, self.base.roles, self.base.tokenizer
+        self.model: Any = base.model
+        self.roles = base.roles
+        self.tokenizer: Any = load_tokenizer(folder, spec.trust_remote_code) if has_tokenizer(folder) else None
         self.files = index_of(folder)
         self._open: dict[Path, Any] = {}
         self._sources = _sources(self.model, list(self.files))
@@ -58,6 +70,10 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes in memory, by every name that a parameter or saved buffer has."""
         return {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
+
+    def aliases(self, name: str) -> list[str]:
+        """Other names that the model has for the same tensor."""
+        return self._aliases.get(name, [])
 
     def raw(self, key: str) -> Tensor:
         """A tensor under its name in the file."""
@@ -127,6 +143,11 @@ class Checkpoint:
             if value.is_floating_point():
                 found = value.dtype if found is None else torch.promote_types(found, value.dtype)
         return found or torch.float32
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / f).is_file() for f in TOKENIZER_FILES)
 
 
 def kind_in(folder: Path) -> str:

@@ -23,7 +23,8 @@ def export(
 ) -> Path:
     """Writes `delta` to the folder `out`, which must be new or empty, as 'peft' or 'hf'; gives the folder.
 
-    base: default the one that the delta names. fields: of BaseSpec (dtype …), for the base it is folded into.
+    base: default the one that the delta names. fields: of BaseSpec (dtype …), for the base it is folded into. A delta that
+    is nothing but exact differences in one type is written in that type unless another is stated.
     """
     if to not in FORMATS:
         raise LuthierError(f"export knows no format '{to}': {nearest(to, FORMATS, 'format')}")
@@ -36,6 +37,9 @@ def export(
     name = base if base is not None else own.base.get("name")
     if name is None:
         raise LuthierError("the delta names no base: state it (--base)")
+    exact = {getattr(piece.form, "dtype", None) if piece.form.at == "base" else None for piece in own.pieces}
+    if len(exact) == 1 and None not in exact and isinstance(name, (str, os.PathLike)):
+        fields = {"dtype": exact.pop()} | fields
     on = load_base_for(name, [own], fields, None)
     refuse(
         [c for c in same_base(own, on) if c.name in ("base", "dtype")], str(delta) if delta is not own else "the delta"

@@ -1,0 +1,373 @@
+"""Two checkpoints in, a delta out, tensor by tensor: exact, or as the LoRA that comes nearest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.algebra.stacking import lora_of, lora_piece
+from luthier.algebra.writer import refuse_existing
+from luthier.attach.sites import site_of
+from luthier.attach.weights import oriented
+from luthier.bases.fingerprint import FullHash, fingerprint_of, fingerprint_template, fingerprint_tokenizer
+from luthier.bridge.checkpoint import Checkpoint
+from luthier.delta import FORMS, Site
+from luthier.delta.artefact import Delta, Piece
+from luthier.delta.form import Form
+from luthier.delta.seals import project, seal, turned
+from luthier.delta.stream import TensorStream
+from luthier.errors import LuthierError
+from luthier.forms.lora import LoRA
+from luthier.parts.bits import INTEGER, encode
+from luthier.parts.svd import balanced, svd_to
+
+APART = ("head", "classifier", "router", "embed")
+"""Roles that an extraction keeps exactly unless sites are stated."""
+SPARSE = 8
+"""Bytes of an entry's place: where few entries changed, places and differences are smaller than all differences."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How a change is written as a LoRA: by the number of directions, or by what they have to hold."""
+
+    rank: int | None = None
+    """Most directions of a weight."""
+    energy: float | None = None
+    """Share of a change's squared norm to keep."""
+    ratio: float | None = None
+    """Directions whose singular value is below this share of the largest are left out."""
+    sites: tuple[str, ...] = ()
+    """Roles or names of the weights to decompose; default all linear maps but head, classifier and router."""
+    rest: str = "exact"
+    """What becomes of all other parameters that changed: exact or drop."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise LuthierError(f"rank must be at least 1, got {self.rank}")
+        for what, value in (("energy", self.energy), ("ratio", self.ratio)):
+            if value is not None and not 0 < value <= 1:
+                raise LuthierError(f"{what} must lie in (0, 1], got {value}")
+        if self.rank is None and self.energy is None and self.ratio is None:
+            raise LuthierError(
+                "an extraction needs a rank, an energy or a ratio: state one, or ask for the exact delta"
+            )
+        if self.rest not in ("exact", "drop"):
+            raise LuthierError(f"rest is 'exact' or 'drop', got '{self.rest}'")
+
+
+@dataclass
+class Row:
+    """What the diff found in one role."""
+
+    role: str
+    tensors: int = 0
+    changed: int = 0
+    numbers: int = 0
+    """Numbers in the changed tensors."""
+    kept: int = 0
+    """Numbers that the delta holds for them."""
+    ranks: list[int] = field(default_factory=list)
+    change: float = 0.0
+    """Squared norm of the change."""
+    base: float = 0.0
+    """Squared norm of the base's values where something changed."""
+    lost: float = 0.0
+    """Squared norm of what the delta does not hold of the change."""
+
+    @property
+    def error(self) -> float:
+        """Norm of what is not held, as a share of the norm of the change; 0 where all is."""
+        return (self.lost / self.change) ** 0.5 if self.change else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        return {
+            "role": self.role,
+            "tensors": self.tensors,
+            "changed": self.changed,
+            "numbers": self.numbers,
+            "kept": self.kept,
+            "ranks": [min(self.ranks), max(self.ranks)] if self.ranks else None,
+            "size": (self.change / self.base) ** 0.5 if self.base else None,
+            "error": self.error,
+        }
+
+
+@dataclass
+class Diff:
+    """A delta written to disk, and what was found on the way. Its pieces hold no tensors: load the folder for them."""
+
+    delta: Delta
+    rows: list[Row]
+    notes: list[str]
+    bytes: int
+
+
+class _Maker:
+    """Collects pieces, their tensors going straight to the file."""
+
+    def __init__(self, stream: TensorStream) -> None:
+        self.stream = stream
+        self.sites: dict[str, dict[str, Site]] = {}
+        self.forms: dict[str, Form] = {}
+        self.ranks: dict[str, int] = {}
+        self.seals: dict[str, list[float]] = {}
+        self.waiting: dict[str, tuple[Site, dict[str, Tensor]]] = {}
+
+    def put(self, piece: str, form: Form, key: str, site: Site, p: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
+        self.forms.setdefault(piece, form)
+        self.sites.setdefault(piece, {})[key] = site
+        for group, numbers in (("p", p), ("fixed", fixed)):
+            for name, tensor in numbers.items():
+                self.stream.add(f"{piece}/{key}/{group}/{name}", tensor)
+
+    def exact(self, name: str, site: Site, tuned: Tensor, base: Tensor, change: Tensor, module: Any) -> int:
+        """A parameter's exact difference; gives how many numbers that takes."""
+        dtype = str(tuned.dtype)[6:]
+        bits = encode(tuned, base)
+        moved = bits.reshape(-1).nonzero()[:, 0]
+        width = bits.element_size()
+        few = len(moved) * (SPARSE + width) < bits.numel() * width
+        kind = "entries" if few else "dense"
+        piece = f"{kind}-{dtype}"
+        p, fixed = {"bits": bits.reshape(-1)[moved] if few else bits}, {"index": moved} if few else {}
+        site = replace(site, entries=len(moved)) if few else site
+        self.put(piece, FORMS.make(kind, {"dtype": dtype}), name, site, p, fixed)
+        self.seals[f"{piece}/{name}"] = project(turned(change, module))
+        return p["bits"].numel()
+
+    def lowrank(self, key: str, site: Site, a: Tensor, b: Tensor) -> None:
+        """Factors at one site. Fused experts wait for the others of their module, with which they share a rank."""
+        module = site.name if site.kind == "fused-experts" else None
+        if self.waiting and next(iter(self.waiting.values()))[0].name != module:
+            self.settle()
+        self.waiting[key] = (site, {"A": a, "B": b})
+        if module is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Writes the factors that wait."""
+        if not self.waiting:
+            return
+        piece = lora_piece(
+            "lora", {k: s for k, (s, _) in self.waiting.items()}, {k: p for k, (_, p) in self.waiting.items()}
+        )
+        for s, key in zip(piece.states(), piece.sites, strict=True):
+            self.put("lora", piece.form, key, s.site, dict(s.p), {})
+            self.seals[f"lora/{key}"] = seal(piece.form, s)
+            self.ranks[s.site.name] = int(s.p["A"].shape[-2])
+        self.waiting = {}
+
+    def pieces(self) -> list[Piece]:
+        self.settle()
+        if "lora" in self.forms:
+            self.forms["lora"] = lora_of(self.ranks)
+        order = sorted(self.sites, key=lambda n: n != "lora")
+        blank = {n: {k: {} for k in self.sites[n]} for n in order}
+        return [Piece(n, self.forms[n], self.sites[n], blank[n], blank[n]) for n in order]
+
+
+def diff(base: Checkpoint, tuned: Checkpoint, out: str | os.PathLike[str], how: Extraction | None = None) -> Diff:
+    """Writes the delta that turns `base` into `tuned` to the folder `out`, which must be new or empty.
+
+    how: None for the exact delta, integer differences of the bit patterns: applied to the base it gives the tuned values
+    bit for bit. Parameters that did not change are left out; of those where few entries did, only these are kept. Memory
+    is that of the largest tensor, a few times over. The delta carries both fingerprints, seals and what was found; probes
+    need the models whole and are the verb's. Raises LuthierError in one line where the two do not belong together.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    rows: dict[str, Row] = {}
+    _comparable(base, tuned)
+    card, files, notes = _card(base, tuned)
+    lora = _lora_sites(base, how)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", suffix=".safetensors", dir=out.parent)
+    os.close(handle)
+    room = [f"entries-bfloat16/{n}/fixed/index" for n in base.names] + [f"lora/{k}/fixed/A" for k, _ in lora.values()]
+    stream = TensorStream(Path(temporary), 2 * room)
+    try:
+        maker = _Maker(stream)
+        full = FullHash()
+        wide = base.dtype()
+        for name, was in base.tensors():
+            full.add(name, was.to(wide))
+            _one(maker, name, was, tuned, base, lora.get(name), how, rows)
+        pieces = maker.pieces()
+        if not pieces:
+            raise LuthierError(f"{tuned.name} and {base.name} hold the same values: there is no delta to write")
+        stream.close()
+        card["fingerprint"] = fingerprint_of((n, t.to(wide)) for n, t in base.tensors())
+        card["full_fingerprint"] = str(full)
+        wide = tuned.dtype()
+        other = fingerprint_of((n, tuned.tensor(n).to(wide)) for n in base.names)
+        lineage = {
+            "parents": [],
+            "made_by": "diff",
+            "tuned": {"name": tuned.name, "fingerprint": other},
+            "how": "exact" if how is None else {k: v for k, v in vars(how).items() if v},
+            "found": [r.to_dict() for r in rows.values()],
+        }
+        delta = Delta(pieces, card, lineage, seals=maker.seals, files=files)
+        delta.save(out, numbers=temporary)
+    except OSError as e:
+        raise LuthierError(f"cannot write the delta to {out}: {e.strerror or e}; nothing was left behind") from e
+    finally:
+        stream.drop()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return Diff(delta, list(rows.values()), notes, (out / "delta.safetensors").stat().st_size)
+
+
+def _one(
+    maker: _Maker,
+    name: str,
+    was: Tensor,
+    tuned: Checkpoint,
+    base: Checkpoint,
+    lora: tuple[str, Site] | None,
+    how: Extraction | None,
+    rows: dict[str, Row],
+) -> None:
+    now = tuned.tensor(name)
+    site = base.items.get(name)
+    role = site.role if site is not None else "buffer"
+    row = rows.setdefault(role, Row(role))
+    row.tensors += 1
+    wide = torch.promote_types(was.dtype, now.dtype)
+    if torch.equal(was.to(wide).view(INTEGER[wide]), now.to(wide).view(INTEGER[wide])):
+        return
+    if site is None:
+        raise LuthierError(
+            f"{name} differs, a constant that is no parameter: a delta cannot hold it; fetch {tuned.name} again"
+        )
+    change = now.to(torch.float32, copy=True).sub_(was)
+    for which, values in ((base, was), (tuned, now)):
+        if not torch.isfinite(values).all():
+            raise LuthierError(f"{which.folder}: {name} holds NaN or infinity: fetch or train it again")
+    size = float(change.square().sum(dtype=torch.float64))
+    row.changed += 1
+    row.numbers += change.numel()
+    row.change += size
+    row.base += float(was.float().square().sum(dtype=torch.float64))
+    if lora is not None and how is not None:
+        key, at = lora
+        a, b, lost = _factors(oriented(change, at), how)
+        maker.lowrank(key, at, a, b)
+        row.ranks.append(int(a.shape[-2]))
+        row.kept += a.numel() + b.numel()
+        row.lost += lost
+    elif how is not None and how.rest == "drop":
+        row.lost += size
+    else:
+        row.kept += maker.exact(name, site, now, was, change, base.model.get_submodule(site.name))
+
+
+def _factors(change: Tensor, how: Extraction) -> tuple[Tensor, Tensor, float]:
+    """A, B of a change [d_out, d_in], or of [experts, d_out, d_in], and the squared norm of what they leave out."""
+    if change.dim() == 3:
+        each = [_factors(one, how) for one in change]
+        most = max(a.shape[0] for a, _, _ in each)
+        short = [(a, b, most - a.shape[0]) for a, b, _ in each]
+        a = torch.stack([torch.cat([a, a.new_zeros(n, a.shape[1])]) for a, _, n in short])
+        b = torch.stack([torch.cat([b, b.new_zeros(b.shape[0], n)], 1) for _, b, n in short])
+        return a, b, sum(lost for _, _, lost in each)
+    u, s, vh = svd_to(change, rank=how.rank, energy=how.energy, ratio=how.ratio)
+    a, b = balanced(u, s, vh)
+    lost = float((change - b @ a).square().sum(dtype=torch.float64))
+    return a, b, lost
+
+
+def _lora_sites(base: Checkpoint, how: Extraction | None) -> dict[str, tuple[str, Site]]:
+    """Parameter name -> (the piece's key, the site), for the weights to be decomposed."""
+    if how is None:
+        return {}
+    if how.sites:
+        parts = base.roles.select(list(how.sites))
+        if wrong := [p for p in parts if p.kind not in LoRA.kinds]:
+            raise LuthierError(
+                f"{wrong[0].name} is a {wrong[0].kind}, which LoRA cannot change: leave it out of the sites"
+            )
+    else:
+        parts = [p for p in base.roles.parts if p.kind in LoRA.kinds and p.role.split(".")[0] not in APART]
+        parts = [p for p in parts if not p.transposed]
+    found = {}
+    for part in parts:
+        site = site_of(base.roles, part)
+        name = f"{site.name}.{site.parameter}"
+        if name in base.items:  # of tied weights the first
+            found[name] = (name if site.kind == "fused-experts" else site.name, site)
+    return found
+
+
+def _comparable(base: Checkpoint, tuned: Checkpoint) -> None:
+    """One line where no delta can lie between the two."""
+    was, now = (c.model.config.model_type for c in (base, tuned))
+    if was != now or base.kind != tuned.kind:
+        raise LuthierError(
+            f"{base.name} is {was} ({base.kind}), {tuned.name} is {now} ({tuned.kind}): a delta lies between two models of "
+            "one architecture"
+        )
+    ours, theirs = base.shapes, tuned.shapes
+    if other := next((n for n in ours if n in theirs and ours[n] != theirs[n]), None):
+        word = ""
+        site = base.items.get(other)
+        if site is not None and site.role in ("embed", "head"):
+            word = "; a vocabulary of another size: tune with base.new_tokens, or resize BASE and save it first"
+        raise LuthierError(
+            f"{other} is {_by(ours[other])} in {base.name} and {_by(theirs[other])} in {tuned.name}: not of one base{word}"
+        )
+    for one, two in ((base, tuned), (tuned, base)):
+        if lost := sorted(n for n in one.names if n not in two.shapes):
+            raise LuthierError(
+                f"{one.name} has {lost[0]} ({len(lost)} such), {two.name} does not: give both configs the same switches"
+            )
+        if absent := [n for n in one.names if n not in one]:
+            raise LuthierError(f"{one.folder} lacks {absent[0]}: the checkpoint is not whole; copy it again")
+    for name in base.names:  # tied in the base, two tensors in the tuned one
+        for alias in base.aliases(name):
+            own = tuned.aliases(name)
+            if alias not in own and not torch.equal(tuned.tensor(alias), tuned.tensor(name)):
+                raise LuthierError(
+                    f"{alias} is tied to {name} in {base.name} and stands apart in {tuned.name}: save BASE with "
+                    "tie_word_embeddings: false first"
+                )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _card(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes], list[str]]:
+    """What the delta says about its base, the files that travel along, and notes."""
+    notes: list[str] = []
+    files: dict[str, bytes] = {}
+    card: dict[str, Any] = {"name": base.name, "kind": base.kind, "fingerprint": None}
+    ours, theirs = base.tokenizer, tuned.tokenizer
+    if ours is not None and theirs is not None:
+        card["tokenizer"] = fingerprint_tokenizer(ours)
+        card["template"] = fingerprint_template(ours)
+        if ours.get_vocab() != theirs.get_vocab():
+            changed = sum(theirs.get_vocab().get(t) != i for t, i in ours.get_vocab().items())
+            more = len(set(theirs.get_vocab()) - set(ours.get_vocab()))
+            raise LuthierError(
+                f"different tokenizers: {changed} of {base.name}'s tokens mean another id in {tuned.name}, which has {more} "
+                "more: the same ids must mean the same words; tune with base.new_tokens, or copy one tokenizer to both"
+            )
+        if fingerprint_tokenizer(theirs) != card["tokenizer"]:
+            notes.append("the tokenizers split or mark text differently, on one vocabulary: the base's counts")
+        own = theirs.chat_template
+        if isinstance(own, str) and own and fingerprint_template(own) != card["template"]:
+            card["template"] = fingerprint_template(own)
+            files["chat_template.jinja"] = own.encode()
+            notes.append("the tuned model's chat template travels along")
+    return card, files, notes
