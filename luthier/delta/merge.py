@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,6 +31,8 @@ class Stack:
     """For draws; seeded by the plan's seed and the tensor's name, so that the order of work does not matter."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """What `measure` said of every tensor, by name, where the merge looks at the whole model first."""
+    notes: dict[str, float] = field(default_factory=dict)
+    """What `merge` has to say of this tensor, for the report: {"interpolated linearly": 1.0}; averaged over tensors."""
 
     def changes(self) -> list[Tensor]:
         """Every model's change of the base."""
@@ -61,7 +63,14 @@ class Merge:
     """Whether the result is float32 where the arithmetic is in a 16-bit type; else it is cast to the arithmetic's type."""
     searches: ClassVar[bool] = False
     """Whether `search` finds the models' settings by evaluating merged models."""
+    factors: ClassVar[bool] = False
+    """Whether it merges the two factors of low-rank changes (`merge_factors`) rather than weights."""
     paper: ClassVar[str] = ""
+
+    @property
+    def looks(self) -> bool:
+        """Whether these settings need `measure`, a first pass over the whole model."""
+        return type(self).measure is not Merge.measure
 
     def measure(self, t: Stack) -> Any:
         """What a first pass notes of each tensor, for merges that look at the whole model before they merge."""
@@ -70,6 +79,13 @@ class Merge:
     def search(self, models: int, evaluate: Callable[[Mapping[str, list[float]]], float]) -> Mapping[str, list[float]]:
         """Settings of each of the models, found by `evaluate`: settings to the merged model's score, higher is better."""
         raise NotImplementedError(f"{type(self).__name__} has no search")
+
+    def merge_factors(self, pairs: Sequence[tuple[Tensor, Tensor]], t: Stack) -> tuple[Tensor, Tensor]:
+        """The merged (A, B) of the models' A [r, d_in] and B [d_out, r] of one site, each change being B A.
+
+        Scalings are in B already. `t.tensors` is empty. What is handed in may not be written to.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges no factors")
 
     def merge(self, t: Stack) -> Tensor:
         """The merged tensor. The tensors handed in may not be written to."""
