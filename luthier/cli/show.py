@@ -31,6 +31,20 @@ def run(done: Any) -> None:
     plain(f"report  {Path(done.out) / 'report.html'}")
 
 
+def chain(done: Any) -> None:
+    """A finished chain: what each stage took and found."""
+    table(
+        ("stage", "verb", "time", "found"),
+        [(row["name"], row["verb"], words.duration(row["seconds"]), row["verdict"] or "") for row in done.stages],
+    )
+    if done.report:
+        checks(done.report.get("audit") or {})
+    plain(f"stages  {done.out}")
+    if done.stopped:
+        say(f"stopped ({done.stopped}); go on with --resume --out {done.out}")
+        raise SystemExit(130)
+
+
 def verdict(found: Mapping[str, Any]) -> str:
     """An audit's finding in plain words."""
     told = found.get("verdict") or "not measured"

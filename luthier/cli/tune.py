@@ -32,7 +32,17 @@ def tune(
 ) -> None:
     """Tune a base by a plan, and report what was gained and what it cost."""
     from luthier.errors import LuthierError
+    from luthier.plan.stages import is_chain
 
+    if is_chain(plan):
+        if dry_run:
+            raise LuthierError(f"{plan}: --dry-run is for one run; a chain's later stages need what the earlier write")
+        from luthier.cli.console import say
+        from luthier.cli.show import chain
+        from luthier.verbs.stages import run_stages
+
+        chain(run_stages(plan, overrides=overrides or (), out=out, resume=resume, progress=not quiet, say=say))
+        return
     if dry_run:
         if resume:
             raise LuthierError("--dry-run and --resume exclude each other: leave one out")

@@ -12,8 +12,10 @@ from pydantic import ValidationError
 
 import luthier.delta
 from luthier.delta import Registry
+from luthier.errors import LuthierError
 from luthier.papers.table import STATUSES, Paper
 from luthier.plan import Plan
+from luthier.plan.stages import load_stages
 
 PACKAGE = Path(__file__).parents[1]
 CLAIMING = ("works", "partly")
@@ -80,9 +82,15 @@ def _recipe(paper: Paper) -> str | None:
     if paper.id not in recipe_papers(text):
         return f"recipe {paper.recipe} does not name {paper.id} in its first line (# paper: {paper.id})"
     try:
-        Plan.model_validate(yaml.safe_load(text))
+        read = yaml.safe_load(text)
+        if isinstance(read, dict) and "stages" in read:
+            load_stages(read)
+        else:
+            Plan.model_validate(read)
     except yaml.YAMLError as e:
         return f"recipe {paper.recipe} is not YAML: {' '.join(str(e).split())}"
+    except LuthierError as e:
+        return f"recipe {paper.recipe} is no chain of stages: {e}"
     except ValidationError as e:
         first = e.errors()[0]
         return f"recipe {paper.recipe} is not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -36,8 +36,8 @@ def load_plan(
     """
     where, raw = _raw(source)
     raw = expand(raw, "")
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     try:
         plan = Plan.model_validate(raw)
     except ValidationError as e:
@@ -68,7 +68,12 @@ def _raw(source: Any) -> tuple[str, dict[str, Any]]:
         return "plan", source.model_dump(mode="json", by_alias=True)
     if isinstance(source, Mapping):
         return "plan", copy.deepcopy(dict(source))
-    where = os.fspath(source)
+    return read_plan(source)
+
+
+def read_plan(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """(how errors name it, the table that it holds) of a YAML file; nothing in the table is checked yet."""
+    where = os.fspath(path)
     text = _text(Path(where))
     raw = read_yaml(text, where)
     if raw is None:
@@ -103,35 +108,36 @@ def _neighbours(path: Path) -> list[Path]:
     return [p for s in ("*.yaml", "*.yml") for p in path.parent.glob(s)] if path.parent.is_dir() else []
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    """Writes one 'a.b=value' into the raw plan."""
-    path, equals, text = override.partition("=")
+def override(raw: dict[str, Any], stated: str, run: bool = True) -> None:
+    """Writes one 'a.b=value' into a raw plan; `run` for a run's plan, whose short forms are then written out."""
+    path, equals, text = stated.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise LuthierError(f"override '{override}': write it as key=value, such as train.lr=1e-4")
-    value = expand(read_yaml(text, f"override '{override}'"), path)
-    _open(raw)
+        raise LuthierError(f"override '{stated}': write it as key=value, such as train.lr=1e-4")
+    value = expand(read_yaml(text, f"override '{stated}'"), path)
+    if run:
+        _open(raw)
     here: Any = raw
     for i, key in enumerate(keys):
         place = ".".join(keys[:i])
         if isinstance(here, list) and not key.isdigit():
             if len(here) != 1:
-                raise LuthierError(
-                    f"override '{override}': {place} has {len(here)} entries: say which, as in {place}.0"
-                )
+                raise LuthierError(f"override '{stated}': {place} has {len(here)} entries: say which, as in {place}.0")
             here = here[0]
         if isinstance(here, list):
             slot: Any = int(key)
             if slot >= len(here):
-                raise LuthierError(f"override '{override}': {place} has {len(here)} entries, counted from 0")
+                raise LuthierError(f"override '{stated}': {place} has {len(here)} entries, counted from 0")
         elif isinstance(here, dict):
             slot = key
         else:
-            raise LuthierError(f"override '{override}': {place} is a value, not a section: write {place}=…")
+            raise LuthierError(f"override '{stated}': {place} is a value, not a section: write {place}=…")
         if i == len(keys) - 1:
             here[slot] = value
         else:
-            here = here.setdefault(slot, {}) if isinstance(here, dict) else here[slot]
+            if isinstance(here, dict) and here.get(slot) is None:  # a section that was left out, or stated as null
+                here[slot] = {}
+            here = here[slot]
 
 
 def _open(raw: dict[str, Any]) -> None:

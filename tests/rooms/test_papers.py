@@ -17,6 +17,7 @@ from luthier.errors import LuthierError
 from luthier.papers import STATUSES, Paper, as_json, check, paper, papers
 from luthier.papers.claims import recipe_papers
 from luthier.plan import Plan
+from luthier.plan.stages import load_stages
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "luthier" / "recipes").glob("*.yaml"))
@@ -143,11 +144,13 @@ def test_recipe_names_its_paper_and_practice_families(recipe):
     text = recipe.read_text(encoding="utf-8")
     ids = recipe_papers(text)
     assert ids and all(paper(id).fits != "out" for id in ids)
-    plan = Plan.model_validate(yaml.safe_load(text))
-    checks = [*plan.audit.target, *plan.audit.guards, *plan.audit.shifted]
-    for source in [*plan.data.train, *plan.data.eval, *(c.source for c in checks)]:
-        assert source.path.startswith("practice:"), f"{source.path}: a recipe runs without other files"
-        assert set(source.path.removeprefix("practice:").split(",")) <= set(families())
+    read = yaml.safe_load(text)
+    plans = [s.settings for s in load_stages(read) if s.verb == "tune"] if "stages" in read else [read]
+    for plan in map(Plan.model_validate, plans):
+        checks = [*plan.audit.target, *plan.audit.guards, *plan.audit.shifted]
+        for source in [*plan.data.train, *plan.data.eval, *(c.source for c in checks)]:
+            assert source.path.startswith("practice:"), f"{source.path}: a recipe runs without other files"
+            assert set(source.path.removeprefix("practice:").split(",")) <= set(families())
 
 
 @cache
@@ -176,17 +179,32 @@ def test_recipe_runs(recipe, tmp_path, request):
     from safetensors.torch import load_file
 
     import luthier
+    from luthier.verbs.stages import run_stages
 
     plan = yaml.safe_load(text)
-    plan["train"] = {**plan.get("train", {}), "steps": 2, "batch_size": 4, "warmup": 0}
-    plan["data"] = {**plan["data"], "max_length": 128}
-    plan["audit"] = {**plan.get("audit", {}), "enabled": False}
-    out = tmp_path / "delta"
-    luthier.tune(Plan.model_validate(plan), out=out)
-
-    written = json.loads((out / "delta.json").read_text(encoding="utf-8"))
-    numbers = load_file(out / "delta.safetensors")
-    assert written and numbers
-    assert all(tensor.isfinite().all() for tensor in numbers.values() if tensor.is_floating_point())
-    assert any(tensor.any() for tensor in numbers.values())
+    chain = plan.get("stages")
+    for stage in chain or [{"tune": plan}]:
+        shorten(stage)
+    if chain:
+        folders = [row for row in run_stages(plan, out=tmp_path, progress=False).stages if row["verb"] != "audit"]
+        assert [row["name"] for row in folders] == [s["name"] for s in chain if "audit" not in s]
+        written = [tmp_path / row["name"] for row in folders]
+    else:
+        written = [luthier.tune(Plan.model_validate(plan), out=tmp_path / "delta").out]
+    for out in written:
+        files = sorted(out.rglob("*.safetensors"))
+        assert files or (out / "assembly.json").exists(), f"{out.name} wrote nothing"
+        numbers = [tensor for file in files for tensor in load_file(file).values()]
+        assert all(tensor.isfinite().all() for tensor in numbers if tensor.is_floating_point())
+        assert any(tensor.any() for tensor in numbers) or (out / "assembly.json").exists()
     request.config.cache.set(key, digest)
+
+
+def shorten(stage: dict) -> None:
+    """Two steps of a run, and four items of a measurement."""
+    if plan := stage.get("tune"):
+        plan["train"] = {**plan.get("train", {}), "steps": 2, "batch_size": 4, "warmup": 0}
+        plan["data"] = {**plan["data"], "max_length": 128}
+        plan["audit"] = {**plan.get("audit", {}), "enabled": False}
+    if audit := stage.get("audit"):
+        audit |= {"items": 4, "drift_tokens": 64, "samples": 0}

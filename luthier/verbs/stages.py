@@ -1,0 +1,139 @@
+"""A chain of stages run in order, each handing its folder on to the next; one that is done is not run again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.delta.header import read_header
+from luthier.errors import LuthierError
+from luthier.plan.stages import Stage, load_stages, resolved
+from luthier.training.lock import locked
+
+RECORD = "stages.json"
+"""File of the chain's folder that says which stages are done, with their settings and what they took."""
+
+
+@dataclass
+class Chain:
+    """What a chain gave."""
+
+    out: Path
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """name, verb, folder, seconds and, where it measured, the verdict of each stage."""
+    stopped: str | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    """Of the last stage that measured."""
+
+
+def run_stages(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    out: str | os.PathLike[str] = "out",
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Chain:
+    """Runs the stages of a chain into `out`/<name>. Gives a Chain.
+
+    resume: stages that are done with the same settings are passed over, and a run that was cut short goes on from its
+    checkpoint. Errors: whatever the plan or a stage refuses, with the stage's name; a folder that holds a chain already.
+    """
+    stages = load_stages(source, overrides)
+    folder = Path(out)
+    first = int(os.environ.get("RANK", "0")) == 0
+    with locked(folder) if first else nullcontext():
+        done = _record(folder)
+        if done and not resume:
+            raise LuthierError(f"{folder} holds a chain already: add --resume to go on, or choose another --out")
+        chain = Chain(folder)
+        folders: dict[str, Path] = {}
+        for stage in stages:
+            settings = resolved(stage.settings, folders)
+            folders[stage.name] = folder / stage.name
+            row = {"name": stage.name, "verb": stage.verb, "settings": stage.settings}
+            if (old := done.get(stage.name)) and {k: old[k] for k in row} == row:
+                chain.stages.append(old)
+                continue
+            say(f"stage {stage.name}: {stage.verb}")
+            began = time.perf_counter()
+            result = _run(stage, settings, stages, folders, resume, progress)
+            if getattr(result, "stopped", None) and not getattr(result, "report", None):
+                chain.stopped = result.stopped
+                break
+            report = getattr(result, "report", None) or {}
+            verdict = (report.get("audit") or {}).get("verdict") if isinstance(report, Mapping) else None
+            row |= {"seconds": round(time.perf_counter() - began, 2), "verdict": (verdict or {}).get("line")}
+            chain.report = report or chain.report
+            chain.stages.append(row)
+            _write(folder, chain.stages)
+        return chain
+
+
+def _run(
+    stage: Stage,
+    settings: dict[str, Any],
+    stages: Sequence[Stage],
+    folders: Mapping[str, Path],
+    resume: bool,
+    progress: bool,
+) -> Any:
+    """One stage by its verb. A verb that writes a fresh folder finds none of an earlier, broken try."""
+    out = folders[stage.name]
+    try:
+        if stage.verb == "tune":
+            from luthier.verbs.tune import tune
+
+            return tune(settings, out=out, resume=resume and out.exists(), progress=progress)
+        if out.exists():
+            shutil.rmtree(out)
+        if stage.verb == "audit":
+            return _audit(settings, stages, folders, out)
+        return getattr(importlib.import_module(f"luthier.verbs.{stage.verb}"), stage.verb)(settings, out=out)
+    except LuthierError as e:
+        raise LuthierError(f"stage '{stage.name}': {e}") from e
+
+
+def _audit(settings: dict[str, Any], stages: Sequence[Stage], folders: Mapping[str, Path], out: Path) -> Any:
+    """Measures `delta`, with the other keys as the audit section; base and data as in the chain's first run."""
+    from luthier.verbs.audit import audit
+
+    spec = dict(settings)
+    delta = spec.pop("delta", None)
+    if not isinstance(delta, str):
+        raise LuthierError("audit: states no delta: write delta: '@name of a stage'")
+    plan = next((resolved(s.settings, folders) for s in stages if s.verb == "tune"), None)
+    if "plan" in spec:
+        plan = spec.pop("plan")
+    elif plan is not None and (Path(delta) / "delta.json").exists():  # a port leaves the first run's base
+        stated = plan.get("base", {})
+        table = {"name": stated} if isinstance(stated, str) else stated
+        plan = {**plan, "base": {**table, "name": read_header(delta)["base"].get("name", "practice")}}
+    if plan is None:
+        raise LuthierError("audit: no run in the chain says what base and data are: state plan:")
+    return audit(delta, {**plan, "audit": spec}, out=out)
+
+
+def _record(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / RECORD
+    if not path.exists():
+        return {}
+    try:
+        return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, KeyError, TypeError) as e:
+        raise LuthierError(f"{path} is not what a chain writes ({e}): remove it, or choose another --out") from e
+
+
+def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    part = folder / f".{RECORD}"
+    part.write_text(json.dumps(rows, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(part, folder / RECORD)

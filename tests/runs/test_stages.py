@@ -1,0 +1,88 @@
+"""A plan as a chain: stages hand their folders on, what is done is not run again, and what is wrong is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import LuthierError
+from luthier.plan.stages import is_chain, load_stages, references, resolved
+from luthier.verbs.stages import run_stages
+
+RUN: dict[str, Any] = {
+    "base": "practice",
+    "data": {"train": {"path": "practice:sorting", "limit": 40}, "max_length": 96},
+    "delta": {"form": "lora", "rank": 2},
+    "train": {"steps": 2, "batch_size": 4, "lr": 1e-3},
+    "audit": {"enabled": False},
+}
+AUDIT = {"target": ["practice:sorting"], "items": 4, "drift_tokens": 64, "samples": 1}
+CHAIN = {
+    "stages": [
+        {"name": "first", "tune": RUN},
+        {"name": "second", "tune": {**RUN, "delta": {"form": "lora", "rank": 2, "start_from": "@first"}}},
+        {"name": "measured", "audit": {"delta": "@second", **AUDIT}},
+    ]
+}
+
+
+def test_a_chain_runs_hands_on_and_resumes(tmp_path: Path) -> None:
+    done = run_stages(CHAIN, out=tmp_path, progress=False)
+    assert [row["name"] for row in done.stages] == ["first", "second", "measured"]
+    assert done.stages[2]["verdict"] == done.report["audit"]["verdict"]["line"]
+    header = json.loads((tmp_path / "second" / "delta.json").read_text(encoding="utf-8"))
+    assert str(tmp_path / "first") in json.dumps(header["lineage"])
+    with pytest.raises(LuthierError, match="--resume"):
+        run_stages(CHAIN, out=tmp_path, progress=False)
+    stamp = (tmp_path / "first" / "delta.json").stat().st_mtime_ns
+    again = run_stages(CHAIN, out=tmp_path, progress=False, resume=True, overrides=["measured.items=5"])
+    assert (tmp_path / "first" / "delta.json").stat().st_mtime_ns == stamp, "a stage that was done ran again"
+    assert again.report["audit"]["target"][0]["n"] == 5, "a stage whose settings changed did not run again"
+
+
+def test_overrides_reach_one_stage_or_all_of_a_verb() -> None:
+    stages = load_stages(CHAIN, ["tune.train.steps=3", "second.train.lr=1e-4"])
+    assert [s.settings["train"]["steps"] for s in stages[:2]] == [3, 3]
+    assert [s.settings["train"]["lr"] for s in stages[:2]] == [1e-3, 1e-4]
+    assert is_chain(CHAIN) and not is_chain(RUN)
+
+
+def test_references_are_found_and_replaced() -> None:
+    settings = {"models": ["@a", {"model": "@b/checkpoint"}], "note": "no @reference", "n": 1}
+    assert list(references(settings)) == ["a", "b"]
+    folders = {"a": Path("/x/a"), "b": Path("/x/b")}
+    assert resolved(settings, folders) == {"models": ["/x/a", {"model": "/x/b/checkpoint"}], "note": "no @reference", "n": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rows, problem",
+    [
+        ([], "must be a list"),
+        (["tune"], "write {name: first"),
+        ([{"name": "a", "tuen": RUN}], "did you mean 'tune'"),
+        ([{"name": "a"}], "exactly one verb"),
+        ([{"name": "a", "tune": RUN, "audit": {}}], "exactly one verb"),
+        ([{"name": "tune", "tune": RUN}], "no verb's name"),
+        ([{"name": "a", "tune": RUN}, {"name": "a", "tune": RUN}], "is taken"),
+        ([{"name": "a", "audit": {"delta": "@b"}}], "names no earlier stage"),
+        ([{"name": "a", "tune": {**RUN, "trian": {}}}], "stage 'a'"),
+        ([{"name": "a", "tune": 3}], "not a table"),
+    ],
+)
+def test_what_is_wrong_is_one_line(rows: list[Any], problem: str) -> None:
+    with pytest.raises(LuthierError, match=problem) as e:
+        load_stages({"stages": rows})
+    assert "\n" not in str(e.value)
+
+
+def test_errors_name_the_stage(tmp_path: Path) -> None:
+    chain = {"stages": [{"name": "measured", "audit": {"target": ["practice:sorting"]}}]}
+    with pytest.raises(LuthierError, match=r"stage 'measured': audit: states no delta"):
+        run_stages(chain, out=tmp_path, progress=False)
+    with pytest.raises(LuthierError, match="begin with a stage or a verb"):
+        load_stages(CHAIN, ["train.steps=3"])
+    with pytest.raises(LuthierError, match="beside stages"):
+        load_stages({**CHAIN, "base": "practice"})
