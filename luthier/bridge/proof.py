@@ -222,10 +222,18 @@ def probes_hold(delta: Delta, on: Target) -> Check:
     """The model is the tuned one, not the base, on the stored inputs."""
     if not delta.probes:
         return Check("probes", None, "the delta carries none")
-    verdict = check_probes(delta.probes, logits_of(on.model))
-    return Check(
-        "probes", verdict.ok, verdict.reason + ("" if verdict.ok else ": load the delta again on its own base")
-    )
+    run = logits_of(on.model)
+
+    def off(ids: torch.Tensor) -> torch.Tensor:
+        with handle.off():
+            return run(ids)
+
+    handle = attached(on.model)
+    made = delta.base.get("fingerprint")
+    retyped = bool(made) and compare(made, on.card()["fingerprint"]) == "same, other dtype"
+    verdict = check_probes(delta.probes, run, base_fn=off if retyped and handle.enabled else None)
+    remedy = ": load the delta again on its own base" if verdict.ok is False else ""
+    return Check("probes", verdict.ok, verdict.reason + remedy)
 
 
 def refuse(checks: Sequence[Check], what: str) -> None:

@@ -35,7 +35,8 @@ class ProbeVerdict:
     distance_tuned: float
     distance_base: float
     gap: float
-    ok: bool
+    ok: bool | None
+    """None where the probes cannot tell."""
     reason: str
 
 
@@ -88,10 +89,21 @@ def record_probes(
     }
 
 
-def check_probes(stored: dict[str, torch.Tensor], model_fn: ModelFn, *, tolerance: float | None = None) -> ProbeVerdict:
+def check_probes(
+    stored: dict[str, torch.Tensor],
+    model_fn: ModelFn,
+    *,
+    tolerance: float | None = None,
+    base_fn: ModelFn | None = None,
+) -> ProbeVerdict:
     """Whether a model is the stored tuned one. It is nearer to one of the two within half the gap between them, and `ok`
     when tuned and within `tolerance` logits: by default a quarter of the gap, which leaves room for another precision
-    but not for a wrong scale; state a small one after a save and load in the same precision."""
+    but not for a wrong scale; state a small one after a save and load in the same precision.
+
+    base_fn: the base as it is held now, where that is another type than the probes were taken in: how far it is from
+    the stored base is the types' own difference and is allowed on top. Where that exceeds a quarter of the gap the
+    probes cannot tell, and `ok` is None.
+    """
     version, seed, vocabulary = _meta(stored)
     rows = [row.tolist() for row in stored["tokens"].split(stored["lengths"].tolist())]
     gap = _distance_kept(stored, vocabulary)
@@ -105,12 +117,21 @@ def check_probes(stored: dict[str, torch.Tensor], model_fn: ModelFn, *, toleranc
     projected = _projected(logits, seed)
     tuned = _distance(stored, "tuned", logits, projected)
     base = _distance(stored, "base", logits, projected)
-    return _verdict(tuned, base, gap, tolerance)
+    types = 0.0
+    if base_fn is not None:
+        plain = _run(base_fn, rows)[:, :vocabulary]
+        types = _distance(stored, "base", plain, _projected(plain, seed))
+    return _verdict(tuned, base, gap, tolerance, types)
 
 
-def _verdict(tuned: float, base: float, gap: float, tolerance: float | None) -> ProbeVerdict:
-    near = 0.5 * gap + _NOISE
-    allowed = 0.25 * gap + _NOISE if tolerance is None else tolerance
+def _verdict(tuned: float, base: float, gap: float, tolerance: float | None, types: float = 0.0) -> ProbeVerdict:
+    if types > 0.25 * gap + _NOISE:
+        reason = (
+            f"not decided: the delta moves them by {gap:.3g}, the base's other type by {types:.3g}; the seals decide"
+        )
+        return ProbeVerdict("neither", tuned, base, gap, None, reason)
+    near = 0.5 * gap + types + _NOISE
+    allowed = 0.25 * gap + types + _NOISE if tolerance is None else tolerance
     told = f"{tuned:.3g} from tuned, {base:.3g} from base, {gap:.3g} between them"
     if tuned <= min(near, base):
         if tuned > allowed:

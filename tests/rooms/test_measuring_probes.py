@@ -50,6 +50,20 @@ def test_another_precision_is_still_this_delta(stored):
     assert not check_probes(stored, model(HEAD + DELTA, torch.bfloat16), tolerance=1e-4).ok
 
 
+def test_a_delta_smaller_than_the_types_difference_is_not_called_missing(stored):
+    """A few steps of training in bfloat16, looked at in float32: the base's own change of type is the larger one."""
+    small = record_probes(model(HEAD, torch.bfloat16), model(HEAD + 0.002 * DELTA, torch.bfloat16), V, seed=1)
+    now = model(HEAD + 0.002 * DELTA)
+    assert check_probes(small, now).ok is False
+    found = check_probes(small, now, base_fn=model(HEAD))
+    assert found.ok is None and "not decided" in found.reason
+    # where the delta is large the answer is as sharp as before
+    large = record_probes(model(HEAD, torch.bfloat16), model(HEAD + DELTA, torch.bfloat16), V, seed=1)
+    assert check_probes(large, model(HEAD + DELTA), base_fn=model(HEAD)).ok
+    assert check_probes(large, model(HEAD), base_fn=model(HEAD)).ok is False
+    assert check_probes(large, model(HEAD + 2 * DELTA), base_fn=model(HEAD)).ok is False
+
+
 def test_a_delta_rounded_away_by_merging_is_found():
     base = HEAD.bfloat16().float()
     tuned = base * (1 + 1e-3 * torch.randn(H, V, generator=torch.Generator().manual_seed(1)).sign())
