@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,8 @@ class Attached:
         self.model, self.ctx, self.enabled = model, Context(), True
         self.kept: frozenset[str] = frozenset()
         """Pieces that stay on while the handle is off."""
+        self.rows: dict[str, Tensor] = {}
+        """Piece -> numbers of the batch's rows that it works on; a piece that is not named works on all."""
         self.pieces: dict[str, Piece] = {}
         self.points: dict[str, Point] = {}
         self.placed: dict[str, list[Placed]] = {}
@@ -222,6 +224,28 @@ class Attached:
             for edit in moved:
                 edit.swap()
             self.enabled, self.kept = was, held
+
+    @contextmanager
+    def routed(self, rows: Mapping[str, Sequence[int]]) -> Iterator[nn.Module]:
+        """Many tuned models in one batch: a piece works on its rows only, and the base's own products are made once.
+
+        rows: piece -> numbers of rows (records of the batch); pieces not named work on all. Refused where a piece is
+        not added to a module's output row by row: one that edits or replaces weights, adds keys or inputs, or sits on
+        experts.
+        """
+        for name in rows:
+            if name not in self.placed or name in self.edits:
+                raise LuthierError(f"piece '{name}' cannot be routed: it edits the base in place, or is not on this model")
+            for q in self.placed[name]:
+                placed = q.form.at in ("weight", "output", "hidden") and not q.form.changes_weight
+                if not placed or q.state.site.role.startswith("expert") or q.state.site.kind in ("norm", "fused-experts"):
+                    raise LuthierError(f"piece '{name}' cannot be routed: at {q.state.site.name} it does not act row by row")
+        device = next(self.model.parameters()).device
+        was, self.rows = self.rows, {k: torch.as_tensor(v, device=device).long() for k, v in rows.items()}
+        try:
+            yield self.model
+        finally:
+            self.rows = was
 
     @torch.no_grad()
     def fold(self) -> FoldReport:

@@ -66,8 +66,11 @@ class Point:
             key = "" if args else next(iter(kwargs))
             x = args[0] if args else kwargs[key]
             for q in self._on(self.inputs):
-                changed = q.form.before(x, q.state)
-                x = changed if q.scale == 1 else x + (changed - x) * q.scale
+                rows = self.switch.rows.get(q.piece)
+                own = x if rows is None else x[rows]
+                changed = q.form.before(own, q.state)
+                changed = changed if q.scale == 1 else own + (changed - own) * q.scale
+                x = changed if rows is None else x.index_copy(0, rows, changed)
             return ((x, *args[1:]), kwargs) if args else (args, kwargs | {key: x})
         return None
 
@@ -81,10 +84,16 @@ class Point:
         y = out[0] if isinstance(out, tuple) else out
         total: Tensor = y
         for q in self._on(self.adds):
-            total = q.form.onto(total, x, y, q.scale, q.state)
+            total = self._onto(q, total, x, y)
         for q in self._on(self.chain):
-            total = q.form.onto(total, x, total, q.scale, q.state)
+            total = self._onto(q, total, x, total)
         return (total, *out[1:]) if isinstance(out, tuple) else total
+
+    def _onto(self, q: Placed, total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        rows = self.switch.rows.get(q.piece)
+        if rows is None:
+            return q.form.onto(total, x, y, q.scale, q.state)
+        return total.index_copy(0, rows, q.form.onto(total[rows], x[rows], y[rows], q.scale, q.state))
 
     def _swap_in(self) -> None:
         # The changed tensor takes the parameter's slot while forward runs; names and the parameter itself stay as they are.

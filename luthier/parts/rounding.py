@@ -83,7 +83,9 @@ def surgeon(w: Tensor, h: Tensor, column: Callable[[int, Tensor, Tensor], Tensor
     rounding. Source: Frantar et al. 2022 (GPTQ), after Hassibi & Stork 1993 (OBS).
     """
     w = w.clone()
-    upper = inverse_factor(h)
+    own = h.diagonal()
+    alone = not bool((h - torch.diag(own)).any())  # then no column can make good another's error
+    upper = torch.diag(own.clamp_min(1e-30).rsqrt()) if alone else inverse_factor(h)
     diagonal = upper.diagonal()
     out = torch.empty_like(w)
     for start in range(0, w.shape[1], block):
@@ -91,9 +93,11 @@ def surgeon(w: Tensor, h: Tensor, column: Callable[[int, Tensor, Tensor], Tensor
         errors = torch.empty(w.shape[0], stop - start)
         for j in range(start, stop):
             out[:, j] = column(j, w, diagonal)
+            if alone:
+                continue
             error = (w[:, j] - out[:, j]) / upper[j, j]
             w[:, j:stop].addr_(error, upper[j, j:stop], alpha=-1)
             errors[:, j - start] = error
-        if stop < w.shape[1]:
+        if stop < w.shape[1] and not alone:
             w[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
     return out

@@ -104,7 +104,8 @@ def _sides(
         assert spec.base is not None
         base = Checkpoint(spec.base)
         change: Tuned = Pair(base, Checkpoint(BaseSpec.model_validate({"name": spec.tuned, "kind": base.kind})))
-        return base, change, None, load_base_for(spec.base, [], {}, None) if spec.probes else None
+        stated = spec.base.model_copy(update={"kind": base.kind})
+        return base, change, None, load_base_for(stated, [], {}, None) if spec.probes else None
     adapter = own is None and (Path(spec.delta or "") / "adapter_config.json").exists()
     if own is None and not adapter:
         if not (Path(spec.delta or "") / "delta.json").exists():
