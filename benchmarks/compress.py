@@ -25,9 +25,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
-from luthier.delta import COMPRESSIONS, FORMS, Change, Site, State  # noqa: E402
+from luthier.delta import COMPRESSIONS, FORMS, Change, Site, State
 
 ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("BitDelta, scales tuned", "bitdelta", {}, "> 10x of the file, 16x of the matrices"),
@@ -197,22 +197,23 @@ def products() -> list[dict[str, Any]]:
         for name in ("signs", "ternary", "two-four", "mixed-bits", "lora"):
             form = FORMS.make(name, {})
             p, fixed = form.build(site, g)
-            state = State(site, p, fixed, lambda: dense)
+            state = State(site, p, fixed, lambda w=dense: w)
             taken = sum(t.numel() * t.element_size() for t in [*p.values(), *fixed.values()])
             for n in (1, 8, 64, 512):
                 x = torch.randn(n, size, generator=g)
-                rows.append({"form": name, "size": size, "positions": n, "ms": _best(lambda: form.change(x, x, state)),
-                             "dense_ms": _best(lambda: x @ dense.t()), "memory_bits": 8 * taken / size**2})  # fmt: skip
+                row = {"form": name, "size": size, "positions": n, "memory_bits": 8 * taken / size**2}
+                row |= {"ms": _best(form.change, x, x, state), "dense_ms": _best(torch.matmul, x, dense.t())}
+                rows.append(row)
                 _say(str(rows[-1]))
     return rows
 
 
 @torch.no_grad()
-def _best(run: Any) -> float:
+def _best(run: Any, *given: Any) -> float:
     times = []
     for _ in range(7):
         began = time.perf_counter()
-        run()
+        run(*given)
         times.append(time.perf_counter() - began)
     return 1e3 * min(times)
 

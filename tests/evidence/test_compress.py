@@ -1,0 +1,142 @@
+"""One test a row of compression: what any faithful implementation shows exactly. `luthier papers ID` names them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from luthier.algebra.calibrate import loss, read_text
+from luthier.bridge.target import logits_of
+from luthier.delta import COMPRESSIONS, Change, Site, State
+from luthier.delta.artefact import Delta
+from luthier.parts.packing import entropy
+from luthier.plan.schema import SourceSpec
+from luthier.verbs.compress import Compressed, compress
+from luthier.verbs.load import load
+from tests.laws.test_compress_laws import packed_delta
+from tests.rooms.test_compress import saved, tuned_of
+from tests.tiny import tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a tuned model and text, in one folder."""
+    folder = tmp_path_factory.mktemp("evidence")
+    saved(tiny(), folder / "base")
+    saved(tuned_of(tiny()), folder / "tuned")
+    g = torch.Generator().manual_seed(0)
+    rows = ["".join(chr(97 + int(c)) for c in torch.randint(0, 26, (60,), generator=g)) for _ in range(20)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": r}) for r in rows) + "\n")
+    return folder
+
+
+def small(place: Path, out: Path, method: str, **more: Any) -> Compressed:
+    common = {"calibration": str(place / "text.jsonl"), "tokens": 1024, "length": 32, "out": out}
+    return compress(place / "base", place / "tuned", method=method, **(common | more))
+
+
+def random_matrix(name: str, change: Tensor, inputs: Tensor | None = None, **more: Any) -> tuple[Tensor, int]:
+    """What a compressed matrix stands for, and its bytes on disk."""
+    site = Site("w", "ffn.up", 0, "linear", change.shape[1], change.shape[0])
+    made = COMPRESSIONS.make(name, more).compress(Change(site, torch.zeros_like(change), change, inputs))
+    stored = made.form.stored(site, made.p, made.fixed)
+    taken = sum(t.numel() * t.element_size() for group in stored for t in group.values())
+    back = made.form.delta(State(site, made.p, made.fixed, lambda: torch.zeros_like(change)))
+    return back["weight"], taken  # pyright: ignore[reportIndexIssue]
+
+
+def test_p088_bitdelta(place: Path, tmp_path: Path) -> None:
+    """One bit a weight and one number a matrix; tuning the scales brings the logits nearer; the base stays as it was."""
+    found = small(place, tmp_path / "d", "bitdelta", steps=30)
+    piece = next(p for p in Delta.load(tmp_path / "d").pieces if p.name == "bitdelta")
+    stored = load_file(tmp_path / "d" / "delta.safetensors")
+    for key, site in piece.sites.items():
+        own = {k: t for k, t in stored.items() if k.startswith(f"bitdelta/{key}/")}
+        bits = [t for t in own.values() if t.dtype == torch.uint8]
+        rest = [t for t in own.values() if t.dtype != torch.uint8]
+        assert [t.numel() for t in bits] == [site.d_out * site.d_in // 8] and [t.numel() for t in rest] == [1]
+    assert found.report["logits"]["tuned_scales"] < found.report["logits"]["compressed"]
+    plain = small(place, tmp_path / "e", "bitdelta", tune=False)
+    base, tuned = (load(str(place / n)) for n in ("base", "tuned"))
+    for key, numbers in next(p for p in plain.delta.pieces if p.name == "bitdelta").p.items():
+        change = (tuned.get_submodule(key).weight - base.get_submodule(key).weight).detach()
+        assert float(numbers["scale"]) == pytest.approx(float(change.abs().mean()), rel=1e-5)
+    total = found.report["total"]
+    assert total["matrices_bits"] < 1.1 and total["file_bits"] > 8, "kept embeddings are most of a small file"
+
+
+def test_p023_mixed_bits_beat_rank_and_sign_at_equal_bits() -> None:
+    """On a change with a long tail of singular values: error in the weights and in outputs on the calibration inputs below
+    low rank in 16 bits and below signs, at the same bytes on disk, which are the budget's."""
+    g = torch.Generator().manual_seed(0)
+    rows, columns = 192, 256
+    u, v = (torch.linalg.qr(torch.randn(n, rows, generator=g))[0] for n in (rows, columns))
+    change = u @ torch.diag(torch.arange(1, rows + 1).float().pow(-0.8)) @ v.t() * 0.05
+    x = torch.randn(500, 32, generator=g) @ torch.randn(32, columns, generator=g) + torch.randn(
+        500, columns, generator=g
+    )
+    budget = rows * columns // 8
+    mixed, taken = random_matrix("delta-come", change, x)
+    assert 0.9 * budget < taken <= budget + 4
+    sign, one = random_matrix("bitdelta", change)
+    assert one == budget + 4
+    rank = budget * 8 // (16 * (rows + columns))
+    low, _ = random_matrix("svd", change, rank=rank)
+    blind, _ = random_matrix("delta-come", change)
+    for at, own in ((torch.eye(columns), blind), (x, mixed)):
+        errors = [float(((change - back) @ at.t()).norm()) for back in (own, low, sign)]
+        assert errors[0] < 0.95 * min(errors[1:]), errors
+    assert ((change - mixed) @ x.t()).norm() < ((change - blind) @ x.t()).norm(), (
+        "calibration inputs help on themselves"
+    )
+
+
+def test_p084_compeft(place: Path, tmp_path: Path) -> None:
+    """Exact ternary values through the file, bytes near the entropy, a factor of least loss, and sums of two."""
+    change = torch.randn(512, 600, generator=torch.Generator().manual_seed(0)) * 1e-3
+    for density in (0.05, 0.1, 0.2):
+        _, taken = random_matrix("compeft", change, density=density)
+        bits = 8 * taken / change.numel()
+        assert bits == pytest.approx(entropy(density) + density, rel=0.04)
+    found = small(place, tmp_path / "d", "compeft", density=0.2)
+    before = next(p for p in found.delta.pieces if p.name == "compeft")
+    after = next(p for p in Delta.load(tmp_path / "d").pieces if p.name == "compeft")
+    for key in before.sites:
+        for name, value in before.fixed[key].items():
+            assert torch.equal(after.fixed[key][name], value)
+        assert set(after.fixed[key]["sign"].unique().tolist()) <= {-1, 1}
+    tries = {t["factor"]: t["loss"] for t in found.report["tries"]}
+    assert len(tries) == len(COMPRESSIONS.make("compeft", {}).alphas)
+    spec = [SourceSpec.model_validate({"path": str(place / "text.jsonl")})]
+    text = read_text(spec, tiny_tokenizer(), "causal", 1024, 32)
+    best = loss(logits_of(load(str(place / "base"), [tmp_path / "d"])), text)
+    assert best == pytest.approx(min(tries.values()), rel=1e-4)
+    tuned = loss(logits_of(load(str(place / "tuned"))), text)
+    assert abs(best - tuned) <= max(abs(found - tuned) for found in tries.values())
+    both = packed_delta("compeft", 1) + packed_delta("compeft", 2)
+    assert len(both.pieces) == 2 and both.apply(tiny()).fold().written
+
+
+def test_p142_deltazip(place: Path, tmp_path: Path) -> None:
+    """Two of four everywhere, outputs on calibration inputs nearer than plain rounding's, and both ratios reported."""
+    g = torch.Generator().manual_seed(0)
+    change = torch.randn(96, 256, generator=g) * 1e-3
+    x = torch.randn(800, 24, generator=g) @ torch.randn(24, 256, generator=g) + 0.3 * torch.randn(800, 256, generator=g)
+    for bits in (2, 4):
+        blind, taken = random_matrix("deltazip", change, bits=bits)
+        seeing, same = random_matrix("deltazip", change, x, bits=bits)
+        assert taken == same and 8 * taken / change.numel() == pytest.approx(bits / 2 + 0.67 + 16 / 128, rel=0.02)
+        assert int((seeing != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2
+        assert ((change - seeing) @ x.t()).norm() < 0.8 * ((change - blind) @ x.t()).norm()
+    found = small(place, tmp_path / "d", "deltazip")
+    without = compress(place / "base", place / "tuned", method="deltazip", out=tmp_path / "e")
+    assert found.report["total"]["matrices_bits"] == without.report["total"]["matrices_bits"] < 16 / 5
+    assert found.report["total"]["file_ratio_16"] < 2, "here embeddings are most of the file"
+    near = small(place, tmp_path / "f", "deltazip", bits=6)
+    assert near.report["logits"]["compressed"] < found.report["logits"]["compressed"] < found.report["logits"]["base"]
