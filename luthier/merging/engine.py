@@ -42,6 +42,28 @@ def fixed(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype))
 
 
+def weighted_sum(t: Stack, normalize: bool) -> Tensor:
+    """Σ wᵢ Wᵢ of the models themselves, over Σ wᵢ where `normalize`; summed in float32 (float64 stays), rounded once.
+
+    Raises LuthierError where the weights to be divided by add up to 0.
+    """
+    models = [x.reshape(-1) for x in t.tensors]
+    kind = wide(models[0].dtype)
+    weights = torch.tensor(t.each["weight"], dtype=kind)
+    total = weights.sum()
+    if normalize and total == 0:
+        raise LuthierError(
+            f"the weights {t.each['weight']} add up to 0 at {t.name}: change one, or set normalize: false"
+        )
+    out = torch.empty_like(models[0], memory_format=torch.contiguous_format)
+    for a, b in spans(out.numel()):
+        piece = torch.zeros(b - a, dtype=kind)
+        for x, weight in zip(models, weights, strict=True):
+            piece.addcmul_(x[a:b].to(kind), weight)
+        out[a:b] = piece.div_(total) if normalize else piece
+    return out.view(t.tensors[0].shape)
+
+
 @dataclass(frozen=True)
 class TaskVectors(Merge):
     """W = W₀ + λ Σ wᵢ thin(Wᵢ − W₀), where the models' changes may first have to agree on a sign.

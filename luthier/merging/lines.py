@@ -45,21 +45,24 @@ class LiNeS(Merge):
         """The merge whose change is scaled."""
         return MERGES.make(self.of, self.settings)
 
+    @property
+    def looks(self) -> bool:
+        return self.alpha is None
+
     def measure(self, t: Stack) -> tuple[float, float]:
         """(‖Σ τᵢ‖₁, ‖τ‖₁) of this tensor."""
-        if self.alpha is not None:
-            return 0.0, 0.0
         assert t.base is not None
         summed = apart = 0.0
-        state = t.generator.get_state() if t.generator else None
-        base, merged = t.base.reshape(-1), self.inner.merge(t).reshape(-1)
-        if t.generator and state is not None:
-            t.generator.set_state(state)
+        base, merged = t.base.reshape(-1), self._inner(t).reshape(-1)
         for a, b in spans(base.numel()):
             changes = [x.reshape(-1)[a:b].float() - base[a:b] for x in t.tensors]
             summed += float(sum(changes[1:], changes[0]).abs().sum())
             apart += float((merged[a:b].float() - base[a:b]).abs().sum())
         return summed, apart
+
+    def _inner(self, t: Stack) -> Tensor:
+        inner = self.inner
+        return inner.merge(replace(t, each={k: t.each[k] for k in inner.each}))
 
     def factor(self, t: Stack) -> float:
         """What the change of this tensor is multiplied by."""
@@ -72,6 +75,5 @@ class LiNeS(Merge):
 
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None
-        inner = self.inner
-        merged, factor = inner.merge(replace(t, each={k: t.each[k] for k in inner.each})), self.factor(t)
+        merged, factor = self._inner(t), self.factor(t)
         return merged if factor == 1 else t.base + (merged - t.base).mul_(factor)

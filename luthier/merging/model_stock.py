@@ -18,7 +18,8 @@ from luthier.parts.trims import spans, wide
 class ModelStock(Merge):
     """W = t W̄ + (1 − t) W₀ with t = N cos θ / (1 + (N − 1) cos θ), θ the mean angle between the N models' changes.
 
-    Equal models give t = 1, orthogonal changes t = 0. Where 1 + (N − 1) cos θ is 0, the base stays. `measure` gives t.
+    Equal models give t = 1, orthogonal changes t = 0. Where 1 + (N − 1) cos θ is 0, the base stays. t is
+    noted for the report.
     Source: Jang et al. 2024 (P017).
     """
 
@@ -28,10 +29,6 @@ class ModelStock(Merge):
     models: ClassVar[tuple[int, int | None]] = (2, None)
     each: ClassVar[Mapping[str, float | None]] = {}
     paper: ClassVar[str] = "P017"
-
-    def measure(self, t: Stack) -> float:
-        """t, the mean over rows where it is by rows."""
-        return float(self.ratio(t).double().mean()) if t.tensors[0].numel() else 0.0
 
     def ratio(self, t: Stack) -> Tensor:
         """t as [..., 1] by rows, or [1]."""
@@ -68,6 +65,7 @@ class ModelStock(Merge):
         if not base.numel():
             return out.view(t.tensors[0].shape)
         ratio = self.ratio(t)
+        t.notes["t"] = float(ratio.double().mean())
         for cut in _cuts(base):
             mean = models[0][cut].clone()
             for x in models[1:]:

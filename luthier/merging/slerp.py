@@ -24,7 +24,7 @@ class Slerp(Merge):
     """W = (sin((1 − t) Ω) W₀ + sin(t Ω) W₁) / sin Ω, Ω the angle between the two flattened tensors, in float32.
 
     t = 0 is the base, 1 the other model. Nearly parallel or opposed tensors (|cos Ω| > 0.9995), the usual case for two
-    tunes of one base, are interpolated linearly; `measure` says which. The norm lies on the arc only where both have
+    tunes of one base, are interpolated linearly, and counted. The norm lies on the arc only where both have
     one norm. Source: Shoemake 1985; Lu et al. 2024 (P054).
     """
 
@@ -49,12 +49,6 @@ class Slerp(Merge):
         ]
         return torch.stack(parts).sum(dim=0).clamp(-1, 1)
 
-    def measure(self, t: Stack) -> bool:
-        """Whether this tensor is interpolated linearly."""
-        assert t.base is not None
-        a, b = t.base.reshape(-1), t.tensors[0].reshape(-1)
-        return not len(a) or bool(self.cosine(a, b).abs() > STRAIGHT)
-
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None
         a, b = t.base.reshape(-1), t.tensors[0].reshape(-1)
@@ -64,7 +58,8 @@ class Slerp(Merge):
         kind = wide(a.dtype)
         cosine, share = self.cosine(a, b), torch.tensor(self.t, dtype=kind)
         first, second = 1 - share, share
-        if cosine.abs() <= STRAIGHT:
+        t.notes["interpolated linearly"] = float(cosine.abs() > STRAIGHT)
+        if not t.notes["interpolated linearly"]:
             angle = torch.acos(cosine)
             first, second = torch.sin((1 - share) * angle) / angle.sin(), torch.sin(share * angle) / angle.sin()
         for i, j in spans(len(a)):
