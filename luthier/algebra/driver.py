@@ -237,11 +237,12 @@ def run(
     measured: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     ahead: int | None = None,
+    notes: list[dict[str, float]] | None = None,
 ) -> None:
     """Merges the jobs in order; `write(name, tensor)` is called in the same order, from another thread, for whole tensors
     or for consecutive flat pieces of one.
 
-    measured: what the jobs' `measure` said. ahead: most bytes read ahead; default by what the process may still have.
+    measured: what the jobs' `measure` said. notes: what the merges say of each tensor is added there. ahead: most bytes read ahead; default by what the process may still have.
     Errors of any thread are raised here, and no further tensor is written.
     """
     ahead = room() if ahead is None else ahead
@@ -255,7 +256,10 @@ def run(
             for load in reader.loads():
                 if writer.failed is not None:
                     break
-                out = _merged(load, seed, measured or {})
+                said: dict[str, float] = {}
+                out = _merged(load, seed, measured or {}, said)
+                if said and load.first and notes is not None:
+                    notes.append(said)
                 held = {out.untyped_storage().data_ptr()}
                 keep = [b for b in load.buffers if b.untyped_storage().data_ptr() in held]
                 load.tensors.clear()
@@ -276,7 +280,7 @@ def run(
 
 def measure(jobs: Sequence[Job], sources: Sequence[Source], *, ahead: int | None = None) -> dict[str, Any]:
     """What each job's merge notes of its tensor in a first pass, by name; {} where no merge looks before it merges."""
-    looking = [j for j in jobs if j.merge is not None and type(j.merge).measure is not Merge.measure]
+    looking = [j for j in jobs if j.merge is not None and j.merge.looks]
     if not looking:
         return {}
     reader = _Reader(looking, sources, room() if ahead is None else ahead)
@@ -295,12 +299,27 @@ def measure(jobs: Sequence[Job], sources: Sequence[Source], *, ahead: int | None
     return noted
 
 
+def told(noted: Sequence[Mapping[str, float]]) -> list[str]:
+    """What merges said of tensors, as lines: '12 of 27 tensors' for what is so or not so, mean and range for numbers."""
+    table: dict[str, list[float]] = {}
+    for row in noted:
+        for key, value in row.items():
+            table.setdefault(key, []).append(value)
+    lines = []
+    for key, values in table.items():
+        if set(values) <= {0.0, 1.0}:
+            lines.append(f"{key}: {int(sum(values))} of {len(values)} tensors")
+        else:
+            lines.append(f"{key}: mean {sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g})")
+    return lines
+
+
 def _in_pieces(job: Job) -> bool:
-    looks = job.merge is not None and type(job.merge).measure is not Merge.measure
-    return job.merge is not None and type(job.merge).pointwise and job.tokens is None and not looks and job.size > PIECE
+    merge = job.merge
+    return merge is not None and type(merge).pointwise and job.tokens is None and not merge.looks and job.size > PIECE
 
 
-def _merged(load: _Load, seed: int, measured: Mapping[str, Any]) -> Tensor:
+def _merged(load: _Load, seed: int, measured: Mapping[str, Any], said: dict[str, float]) -> Tensor:
     job = load.job
     if job.merge is None:
         if any(not torch.equal(load.tensors[0], t) for t in load.tensors[1:]):
@@ -309,6 +328,7 @@ def _merged(load: _Load, seed: int, measured: Mapping[str, Any]) -> Tensor:
             )
         return load.tensors[0]
     stack = _stack(load, seed, measured)
+    stack.notes = said
     out = job.merge.merge(stack)
     if out.numel() != load.tensors[0].numel():
         raise LuthierError(f"{job.item.name}: the merge gave {tuple(out.shape)} for {tuple(load.tensors[0].shape)}")

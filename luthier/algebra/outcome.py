@@ -110,7 +110,12 @@ def _stacks(config: dict[str, Any], layout: Layout) -> None:
 
 
 def write_beside(
-    new: Path, plan: MergePlan, sources: Sequence[Source], config: Mapping[str, Any], tokens: Any, notes: Sequence[str]
+    new: Path,
+    plan: MergePlan,
+    sources: Sequence[Source],
+    config: Mapping[str, Any],
+    tokens: Any,
+    notes: Sequence[str],
 ) -> None:
     """Everything of a checkpoint folder but the weights."""
     donor = sources[0]
@@ -126,7 +131,7 @@ def write_beside(
         _template(new, plan.chat_template, sources)
     written = plan_of(plan)
     (new / "merge.yaml").write_text(written, encoding="utf-8")
-    (new / "README.md").write_text(_card(new.name, plan, written, notes), encoding="utf-8")
+    (new / "README.md").write_text(_card(plan, written, notes), encoding="utf-8")
 
 
 def _template(new: Path, stated: str, sources: Sequence[Source]) -> None:
@@ -225,7 +230,7 @@ def plan_of(plan: MergePlan) -> str:
     return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _card(name: str, plan: MergePlan, written: str, notes: Sequence[str]) -> str:
+def _card(plan: MergePlan, written: str, notes: Sequence[str]) -> str:
     models = [str(r) for r in plan.refs()]
     remarks = "".join(f"- {n}\n" for n in notes)
     listed = "\n".join(f"- {m}{' (base)' if plan.base is not None and m == str(plan.base) else ''}" for m in models)

@@ -288,6 +288,8 @@ def resolve(key: str, scopes: Sequence[Parameters | None], at: Where) -> Any:
 
 def _value(setting: Any, at: Where, key: str) -> Any:
     if isinstance(setting, Mapping):
+        if "value" not in setting:
+            return setting  # a table of settings, for a merge that takes one
         setting = [setting]
     if not isinstance(setting, list):
         return setting

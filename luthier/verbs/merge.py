@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.algebra.driver import Job, measure, run
+from luthier.algebra.driver import Job, measure, run, told
 from luthier.algebra.jobs import Method, make_jobs, replaced
-from luthier.algebra.layout import lay_out
+from luthier.algebra.layout import Layout, lay_out
 from luthier.algebra.outcome import config_of, same_tokens, template_of, write_beside
-from luthier.algebra.sources import Source, Tuned, is_delta, open_source
+from luthier.algebra.sources import ADAPTER, Source, Tuned, is_delta, open_source
 from luthier.algebra.writer import ShardedFile, Spec, new_folder, refuse_existing
 from luthier.errors import LuthierError
-from luthier.plan.merge import MergePlan, load_merge
+from luthier.plan.merge import MergePlan, Ref, load_merge
 
 UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+Shown = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -43,39 +46,46 @@ def merge(
     out: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     sync: bool = True,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Shown = lambda done, of: None,
 ) -> Merged:
     """Merges and writes the folder `out`, which must be new or empty; nothing is left of a merge that fails.
 
     plan: a YAML file or its content; mergekit's files are read as they are. What is written is a checkpoint, or a delta
     where every model is a delta on the same base (`output` says otherwise). overrides: 'density=0.5'. sync: wait until
-    the disk holds the weights. Peak memory is that of one tensor of every model, whatever their size.
+    the disk holds the weights. A checkpoint takes the memory of one tensor of every model, whatever their size; a delta
+    that of its base and itself. progress: called with (tensors done, of).
     Errors: LuthierError for models that do not fit each other, NaN in one of them, parameters that the method lacks …
     """
     began = time.perf_counter()
     read = load_merge(plan, overrides)
     refuse_existing(out)
     method = Method(read.method)
+    if method.cls.searches and not read.evaluate:
+        raise LuthierError(
+            f"{read.method} tries merges and measures them: state what counts (evaluate: {{target: […]}})"
+        )
     if _as_delta(read):
-        from luthier.verbs.merge_deltas import merge_deltas
-
-        return merge_deltas(read, method, Path(out), began, progress)
-    sources = open_all(read)
-    try:
+        return _deltas(read, method, Path(out), began, progress)
+    if method.cls.factors:
+        raise LuthierError(
+            f"{read.method} merges the factors of LoRA deltas: name delta folders, or take another method"
+        )
+    with _opened(read) as sources:
         return _checkpoint(read, method, sources, Path(out), began, sync, progress)
-    finally:
-        for source in sources:
-            source.close()
 
 
-def open_all(plan: MergePlan) -> list[Source]:
+@contextmanager
+def _opened(plan: MergePlan) -> Iterator[list[Source]]:
     """The models of a plan, in the order of its refs()."""
-    base = str(plan.base.path) if plan.base is not None else None
-    rows = []
-    for ref in plan.refs():
-        own = base if base is not None and ref != plan.base and not is_delta(base) else None
-        rows.append(open_source(ref.path, ref.lora, own, ref.revision))
-    return rows
+    base = str(plan.base.path) if plan.base is not None and not is_delta(plan.base.path) else None
+    rows: list[Source] = []
+    try:
+        for ref in plan.refs():
+            rows.append(open_source(ref.path, ref.lora, base if ref != plan.base else None, ref.revision))
+        yield rows
+    finally:
+        for source in rows:
+            source.close()
 
 
 def _as_delta(plan: MergePlan) -> bool:
@@ -85,17 +95,16 @@ def _as_delta(plan: MergePlan) -> bool:
         raise LuthierError(
             "output: delta needs delta folders as models: 'luthier diff BASE MODEL' makes one of a checkpoint"
         )
+    if plan.rank is not None and (not deltas or plan.output == "checkpoint"):
+        raise LuthierError("rank trims a merge of low-rank deltas to a delta: leave it out here")
     return plan.output != "checkpoint" and deltas and not plan.field_file
 
 
+# -- to a checkpoint
+
+
 def _checkpoint(
-    plan: MergePlan,
-    method: Method,
-    sources: list[Source],
-    out: Path,
-    began: float,
-    sync: bool,
-    progress: Callable[[int, int], None],
+    plan: MergePlan, method: Method, sources: list[Source], out: Path, began: float, sync: bool, progress: Shown
 ) -> Merged:
     _alike(sources)
     layout = lay_out(plan, sources, plan.field_file or method.cls.base != "unused")
@@ -107,23 +116,40 @@ def _checkpoint(
     jobs, notes = make_jobs(plan, layout, sources, method, tokens)
     each: dict[str, list[float]] = {}
     if method.cls.searches:
-        from luthier.verbs.merge_search import search
-
-        each = search(plan, method, jobs, sources, layout)
+        each = _searched(
+            plan, method, jobs, lambda tried: _tried(plan, sources, layout, tokens, replaced(jobs, tried), out)
+        )
         jobs = replaced(jobs, each)
+    _write(plan, sources, layout, tokens, jobs, notes, out, sync, progress)
+    numbers = sum(j.size for j in jobs)
+    return Merged(out, "checkpoint", plan.method, len(jobs), numbers, time.perf_counter() - began, notes, each)
+
+
+def _write(
+    plan: MergePlan,
+    sources: list[Source],
+    layout: Layout,
+    tokens: Any,
+    jobs: Sequence[Job],
+    notes: list[str],
+    out: Path,
+    sync: bool,
+    progress: Shown = lambda done, of: None,
+) -> None:
     with new_folder(out, sync) as new:
-        config = config_of(plan, sources, layout, _common(jobs), None if tokens is None else tokens.vocab_size)
-        write_beside(new, plan, sources, config, tokens, notes)
         file = ShardedFile(new, [Spec(j.item.name, j.written, j.shape) for j in jobs], bytes_of(plan.shard), sync)
         by_name = {j.item.name: j for j in jobs}
         ordered = [by_name[name] for name in file.order]
+        said: list[dict[str, float]] = []
         try:
-            run(ordered, sources, file.write, seed=plan.seed, measured=measure(ordered, sources), progress=progress)
+            looked = measure(ordered, sources)
+            run(ordered, sources, file.write, seed=plan.seed, measured=looked, progress=progress, notes=said)
             file.close()
         finally:
             file.abandon()
-    numbers = sum(j.size for j in jobs)
-    return Merged(out, "checkpoint", plan.method, len(jobs), numbers, time.perf_counter() - began, notes, each)
+        notes += told(said)
+        config = config_of(plan, sources, layout, _common(jobs), None if tokens is None else tokens.vocab_size)
+        write_beside(new, plan, sources, config, tokens, notes)
 
 
 def _alike(sources: Sequence[Source]) -> None:
@@ -177,14 +203,9 @@ def _tokens(plan: MergePlan, sources: Sequence[Source]) -> Any:
             if name in refs
             else open_source(source.path, None, None, source.revision).folder
         )
-    return reconcile(
-        source,
-        [s.folder for s in sources],
-        0 if plan.base is not None else None,
-        tokens,
-        spec.pad_to_multiple_of,
-        [int(s.text_config.get("vocab_size") or 0) for s in sources],
-    )
+    sizes = [int(s.text_config.get("vocab_size") or 0) for s in sources]
+    folders = [s.folder for s in sources]
+    return reconcile(source, folders, 0 if plan.base is not None else None, tokens, spec.pad_to_multiple_of, sizes)
 
 
 def _common(jobs: Sequence[Job]) -> Any:
@@ -194,6 +215,136 @@ def _common(jobs: Sequence[Job]) -> Any:
         if job.written.is_floating_point:
             sizes[job.written] = sizes.get(job.written, 0) + job.size
     return max(sizes, key=lambda k: sizes[k])
+
+
+# -- to a delta
+
+
+def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: Shown) -> Merged:
+    from luthier.algebra.delta_merge import DeltaMerge
+    from luthier.bridge.peft_in import from_peft
+    from luthier.bridge.proof import prove
+    from luthier.delta.artefact import Delta
+    from luthier.verbs.load import load_base_for
+
+    folders = [Path(m.model.path).expanduser() for m in plan.models or []]
+    named = str(plan.base) if plan.base is not None else _base_of(folders)
+    plan = plan.model_copy(update={"base": Ref.model_validate(named)})
+    with _opened(plan) as sources:
+        _alike(sources)
+        own = [Delta.load(f) if (f / "delta.json").exists() else None for f in folders]
+        on = load_base_for(named, [d for d in own if d is not None], {}, None)
+        deltas = [d if d is not None else from_peft(f, on) for d, f in zip(own, folders, strict=True)]
+        ready = DeltaMerge(plan, method, sources, deltas, on)
+        each: dict[str, list[float]] = {}
+        if method.cls.searches:
+            spec = _spec(plan)
+            each = _searched(
+                plan, method, ready.jobs, lambda tried: _attached_score(ready.make(tried), on, spec, plan, deltas)
+            )
+        delta = prove(ready.make(each or None, progress), on)
+    delta.lineage |= {
+        "parents": [str(f) for f in folders],
+        "merge": plan.model_dump(mode="json", exclude_defaults=True),
+    }
+    if each:
+        delta.lineage["found"] = each
+    delta.save(out)
+    notes = ready.notes + ready.said
+    return Merged(
+        out,
+        "delta",
+        plan.method,
+        sum(len(p.sites) for p in delta.pieces),
+        delta.count(),
+        time.perf_counter() - began,
+        notes,
+        each,
+    )
+
+
+def _base_of(folders: Sequence[Path]) -> str:
+    from luthier.bases.locate import read_json
+    from luthier.delta.header import read_header
+
+    for folder in folders:
+        stated = (
+            read_header(folder)["base"].get("name")
+            if (folder / "delta.json").exists()
+            else read_json(folder / ADAPTER).get("base_model_name_or_path")
+        )
+        if stated:
+            return str(stated)
+    raise LuthierError(f"{folders[0]} names no base: state it (base)")
+
+
+# -- searches
+
+
+def _searched(
+    plan: MergePlan, method: Method, jobs: Sequence[Job], score: Callable[[Mapping[str, Sequence[float]]], float]
+) -> dict[str, list[float]]:
+    """The settings that the method's search finds."""
+    first = next(j for j in jobs if j.merge is not None)
+    assert first.merge is not None
+    models = len(next(iter(first.each.values()), plan.models or []))
+    found = first.merge.search(models, score)
+    return {k: [float(v) for v in values] for k, values in found.items()}
+
+
+def _spec(plan: MergePlan) -> Any:
+    from pydantic import ValidationError
+
+    from luthier.plan.schema import AuditSpec
+
+    try:
+        spec = AuditSpec.model_validate({"drift_tokens": 0, "samples": 0, **(plan.evaluate or {})})
+    except ValidationError as e:
+        row = e.errors()[0]
+        raise LuthierError(f"evaluate: {'.'.join(map(str, row['loc']))}: {row['msg']}") from e
+    if not spec.target:
+        raise LuthierError("evaluate names nothing to measure: state evaluate.target")
+    return spec
+
+
+def _score(found: Any) -> float:
+    """Mean of the targets, higher is better."""
+    values = [c.after.value if c.better == "higher" else -c.after.value for c in found.target]
+    return sum(values) / len(values)
+
+
+def _attached_score(delta: Any, on: Any, spec: Any, plan: MergePlan, deltas: Sequence[Any]) -> float:
+    from luthier.measuring.audit import audit
+    from luthier.plan.schema import DataSpec
+
+    stated = next((d.lineage["plan"]["data"] for d in deltas if (d.lineage.get("plan") or {}).get("data")), None)
+    data = DataSpec.model_validate(stated) if stated else None
+    handle = delta.apply(on.model)
+    try:
+        return _score(audit(on, handle, spec, data=data, seed=plan.seed))
+    finally:
+        delta.detach(on.model)
+
+
+class _Alone:
+    """A model without deltas, where a switch is asked for."""
+
+    def off(self) -> Any:
+        return nullcontext()
+
+
+def _tried(
+    plan: MergePlan, sources: list[Source], layout: Layout, tokens: Any, jobs: Sequence[Job], out: Path
+) -> float:
+    """The score of a merged checkpoint that is written for a moment."""
+    from luthier.bases.load import load_base
+    from luthier.measuring.audit import audit
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:
+        folder = Path(place) / "tried"
+        _write(plan, sources, layout, tokens, jobs, [], folder, False)
+        return _score(audit(load_base(str(folder)), _Alone(), _spec(plan), seed=plan.seed))
 
 
 def bytes_of(text: str) -> int:
