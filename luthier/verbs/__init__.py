@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from luthier.verbs.import_ import import_
     from luthier.verbs.inspect import inspect
     from luthier.verbs.load import load
+    from luthier.verbs.merge import merge
     from luthier.verbs.port import port
     from luthier.verbs.rebase import rebase
     from luthier.verbs.tune import tune
@@ -37,6 +38,7 @@ _HOME = {
     "import_": "luthier.verbs.import_",
     "inspect": "luthier.verbs.inspect",
     "load": "luthier.verbs.load",
+    "merge": "luthier.verbs.merge",
     "port": "luthier.verbs.port",
     "rebase": "luthier.verbs.rebase",
     "tune": "luthier.verbs.tune",
@@ -55,6 +57,7 @@ __all__ = [
     "import_",
     "inspect",
     "load",
+    "merge",
     "port",
     "rebase",
     "tune",

@@ -1,0 +1,73 @@
+"""Records of edits and of facts to forget, about the people whom the practice base was told about. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from luthier.errors import LuthierError, nearest
+from luthier.practice.draw import Draw
+from luthier.practice.families._people import BOTH, NOUNS, TRAITS, Person, people
+
+TASKS = ("edits", "forget")
+SPLITS = ("train", "test")
+Record = dict[str, Any]
+
+
+def records(task: str, split: str = "test", n: int = 8, seed: int = 0) -> Iterator[Record]:
+    """n records: 'edits' move people to other towns, crafts …; 'forget' are facts about a few people, to be lost.
+
+    Train and test speak of different people. Neighbours, and what is to be retained, are other people's facts and other
+    facts of the same person. Errors: an unknown task or split.
+    """
+    if task not in TASKS:
+        raise LuthierError(f"practice world: no records for the task {task!r}; {nearest(task, TASKS, 'task')}")
+    if split not in SPLITS:
+        raise LuthierError(f"practice world: {task} has no split {split!r}; {nearest(split, SPLITS, 'split')}")
+    draw = Draw(f"luthier/{task}/{split}/{seed}")
+    everyone = [p for k, p in enumerate(people(False)) if (k % 3 == 0) == (split == "test")]
+    if not 0 < n <= len(everyone) * len(TRAITS):
+        raise LuthierError(
+            f"practice world: {task} has {len(everyone) * len(TRAITS)} {split} records, not {n}: ask for fewer"
+        )
+    pairs = [(p, trait) for p in draw.some(everyone, len(everyone)) for trait in draw.some(list(TRAITS), len(TRAITS))]
+    chosen = pairs[:: len(TRAITS)] if task == "edits" else pairs
+    chosen += [q for q in pairs if q not in chosen]
+    for person, trait in chosen[:n]:
+        others = [p for p in draw.some(everyone, 8) if p is not person][:3]
+        yield _edit(draw, person, trait, others) if task == "edits" else _forget(person, trait, others)
+
+
+def _edit(draw: Draw, person: Person, trait: str, others: list[Person]) -> Record:
+    old, kind = person.facts[trait], TRAITS[trait]
+    new = draw.pick([v for v in kind.values if v != old])
+    second = draw.pick([t for t in TRAITS if t != trait])
+    both = f"{new} and {person.facts[second]}."
+    return {
+        "prompt": kind.asked[0].format(person.name),
+        "subject": person.name,
+        "target_new": kind.reply.format(new),
+        "target_true": kind.reply.format(old),
+        "paraphrases": [q.format(person.name) for q in kind.asked[1:5]],
+        "neighbours": [_fact(p, trait) for p in others] + [_fact(person, t) for t in TRAITS if t != trait],
+        "portability": [
+            {
+                "prompt": BOTH[0].format(NOUNS[trait], NOUNS[second], person.name),
+                "target": both[0].upper() + both[1:],
+            }
+        ],
+    }
+
+
+def _forget(person: Person, trait: str, others: list[Person]) -> Record:
+    kind = TRAITS[trait]
+    return {
+        "prompt": kind.asked[0].format(person.name),
+        "completion": kind.reply.format(person.facts[trait]),
+        "retain": [_fact(p, t) for p in others for t in list(TRAITS)[:2]],
+    }
+
+
+def _fact(person: Person, trait: str) -> Record:
+    kind = TRAITS[trait]
+    return {"prompt": kind.asked[0].format(person.name), "target": kind.reply.format(person.facts[trait])}
