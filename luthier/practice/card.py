@@ -16,7 +16,7 @@ from luthier.practice.world import SPLITS, Record, families, family_named, recor
 ASSET = Path(__file__).parent.parent / "assets" / "practice" / "base"
 COMMAND = "python -m luthier.practice.card"
 LONGEST = 72
-"""Most tokens of an answer."""
+"""Most tokens of an answer, unless the right answers of its batch are longer: then a quarter more than the longest."""
 
 
 def load(folder: Path = ASSET) -> tuple[Any, Any]:
@@ -43,8 +43,9 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[Record], batch: int = 64
         chosen = order[at : at + batch]
         inputs = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        told = [len(tokenizer(asked[i]["messages"][-1]["content"])["input_ids"]) for i in chosen]
         with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=max(LONGEST, max(told) * 5 // 4), do_sample=False)
         for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
             said[i] = tokenizer.decode(row, skip_special_tokens=True)
     return said
@@ -83,10 +84,23 @@ def perplexity(model: Any, tokenizer: Any, family: str, n: int, seed: int = 0) -
     return math.exp(total / count)
 
 
-def measure(folder: Path = ASSET, n: int = 200) -> dict[str, Any]:
-    """The card: score per family per split, perplexity per family, what it was trained on and what never."""
+def measure(folder: Path = ASSET, n: int = 200, only: Sequence[str] = ()) -> dict[str, Any]:
+    """The card: score per family per split, perplexity per family, what it was trained on and what never. With ``only``
+    some families, the others' figures are those of the folder's present card, which must be of ``n`` items too."""
     model, tokenizer = load(folder)
     told = folder / "training.json"
+    kept: dict[str, Any] = {"scores": {}, "perplexity": {}}
+    if only:
+        kept = json.loads((folder / "card.json").read_text())
+        missing = set(families()) - set(only) - set(kept["scores"])
+        if kept["items"] != n or missing:
+            raise LuthierError(
+                f"practice base: the card in {folder} has {kept['items']} items a family and lacks "
+                f"{', '.join(sorted(missing)) or 'none'}; measure all families"
+            )
+    for name in only or families():
+        kept["scores"][name] = {s: round(score(model, tokenizer, name, s, n), 4) for s in SPLITS}
+        kept["perplexity"][name] = round(perplexity(model, tokenizer, name, n), 3)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
@@ -94,8 +108,8 @@ def measure(folder: Path = ASSET, n: int = 200) -> dict[str, Any]:
         "taught": taught(),
         "never_taught": untaught(),
         "items": n,
-        "scores": {f: {s: round(score(model, tokenizer, f, s, n), 4) for s in SPLITS} for f in families()},
-        "perplexity": {f: round(perplexity(model, tokenizer, f, n), 3) for f in families()},
+        "scores": {name: kept["scores"][name] for name in families()},
+        "perplexity": {name: kept["perplexity"][name] for name in families()},
         "command": COMMAND,
     }
 
@@ -153,9 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--base", type=Path, default=ASSET, help="folder of the base (default: the package's own)")
     parser.add_argument("--items", type=int, default=200, help="records of each family and split (default 200)")
+    parser.add_argument("--families", default="", help="measure these only, keep the card's other figures (a,b,…)")
     told = parser.parse_args(arguments)
     try:
-        card = measure(told.base, told.items)
+        card = measure(told.base, told.items, [name for name in told.families.split(",") if name])
     except LuthierError as error:
         sys.stderr.write(f"{error}\n")
         return 2
