@@ -39,6 +39,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
     out().print(drawn, soft_wrap=False)
 
 
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints rows of text under each other, one line each however wide: for tables that are read by programs too."""
+    lines = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        plain("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
 def plain(text: str, **options: Any) -> None:
     """Prints text as it is: no markup, no highlighting, no wrapping."""
     out().print(text, markup=False, highlight=False, **options)

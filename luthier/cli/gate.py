@@ -54,17 +54,14 @@ def gate(
 
 def lines(found: list[dict[str, Any]]) -> None:
     """The table of a gate, one line each; changes of shares are in points. Below it, what would settle a line that cannot be told."""
-    from luthier.cli.console import plain
+    from luthier.cli.console import columns, plain
     from luthier.measuring.gate_page import rows
 
     shown = [
         (f"{r['mark']} {r['what']}", r["check"], f"{r['n']:,}", r["sides"], r["moved"], r["allowed"], f"±{r['shows']}")
         for r in rows(found)
     ]
-    head = ("", "check", "items", "old → new", "change [95 %]", "allowed", "can show")
-    widths = [max(len(row[i]) for row in (head, *shown)) for i in range(len(head))]
-    for row in (head, *shown):
-        plain("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    columns(("", "check", "items", "old → new", "change [95 %]", "allowed", "can show"), shown)
     for r in rows(found):
         if r["verdict"] == "underpowered":
             plain(f"{r['mark']} {r['what']}, {r['check']}: {r['told']}")

@@ -111,7 +111,7 @@ def gate(
     Both are asked the same records, each in its own tokens and template. Errors: models of different kinds, a loss or a
     drift to be compared across two vocabularies, a tolerance for a check that is not there.
     """
-    asked = _asked(old, new, spec, data, seed)
+    asked = asked_of(old, new, spec, data, seed)
     known = [check.name for check, _ in asked]
     for name in limits.tolerances:
         if name not in known:
@@ -145,7 +145,7 @@ def verdict(answered: Sequence[Answered], moved: Drift | None, spec: AuditSpec, 
             resamples=spec.resamples, samples=spec.samples, seed=seed,
         )  # fmt: skip
         checks.append(replace(result, dropped=a.check.dropped))
-        flipped += _flipped(a, result)
+        flipped += flipped_of(a)
         if a.check.metric.name == "refusal":
             lines += _refusals(a, spec, limits, seed)
         else:
@@ -189,8 +189,13 @@ def line(
 # -- asking
 
 
-def _asked(old: Side, new: Side, spec: AuditSpec, data: DataSpec | None, seed: int) -> list[tuple[Prepared, Prepared]]:
-    """Every check in the old and the new model's tokens, with the same records in the same order."""
+def asked_of(
+    old: Side, new: Side, spec: AuditSpec, data: DataSpec | None, seed: int
+) -> list[tuple[Prepared, Prepared]]:
+    """Every check in the old and the new model's tokens, with the same records in the same order.
+
+    Errors: models of different kinds, and a loss to be compared across different tokens.
+    """
     if old.base.kind != new.base.kind:
         raise LuthierError(
             f"{old.name} is a base of kind {old.base.kind}, {new.name} of kind {new.base.kind}: compare two of one kind"
@@ -326,8 +331,9 @@ def _calibration(answered: Sequence[Answered], spec: AuditSpec, limits: GateSpec
     return calibration(*zip(*rows, strict=True), resamples=spec.resamples, seed=seed) if rows else None
 
 
-def _flipped(a: Answered, result: CheckResult) -> list[dict[str, Any]]:
-    if not result.flips:
+def flipped_of(a: Answered) -> list[dict[str, Any]]:
+    """The items that were right and are wrong now, with both answers."""
+    if a.check.metric.unit != "share":
         return []
     turned = stats.flips(a.right()[:, 0], a.right()[:, 1], threshold=1.0).negative
     return [

@@ -29,6 +29,7 @@ SECTIONS = {
     "audit": schema.AuditSpec,
     "audit.target, audit.guards, audit.shifted": schema.CheckSpec,
     "gate": schema.GateSpec,
+    "rebase": schema.RebaseSpec,
 }
 INTRODUCTION = """\
 # The plan

@@ -275,6 +275,19 @@ class GateSpec(Section):
     )
 
 
+class RebaseSpec(Section):
+    """What `luthier rebase` tries on the new base, cheapest first."""
+
+    method: str = Field("portllm", description="Move of weights by name; see luthier port.")
+    factors: list[float] = Field([0.75, 0.5, 1.25], description="Factors on the whole change, each a repair.")
+    lines: list[float] = Field(
+        [0.5], description="LiNeS: factors at the first layer, rising to 1 at the last; each a repair."
+    )
+    steps: int = Field(
+        50, ge=0, description="Steps of further tuning on the plan's data from the ported delta; 0 for none."
+    )
+
+
 class Plan(Section):
     """A run: base, data, deltas, objective, loop, audit."""
 
@@ -286,6 +299,7 @@ class Plan(Section):
     checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="Checkpoints.")  # pyright: ignore[reportCallIssue]
     audit: AuditSpec = Field(AuditSpec(), description="Measurements.")  # pyright: ignore[reportCallIssue]
     gate: GateSpec | None = Field(None, description="Limits of a release, for luthier gate and luthier rebase.")
+    rebase: RebaseSpec | None = Field(None, description="Repairs to try, for luthier rebase.")
     push_to: str | None = Field(None, description="Hub repository that receives the delta at the end.")
 
     @field_validator("base", mode="before")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from luthier.attach.assembly import switch
 from luthier.delta.artefact import Delta
@@ -17,6 +17,8 @@ from luthier.measuring.report import write_report
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.verbs.load import load_all
+
+P = TypeVar("P", bound=Plan)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def audit(
         )
     read = load_plan(stated, overrides, methods=False)
     if plan is None:
-        read = _distrusted(read, folder, overrides)
+        read = distrusted(read, folder, overrides)
     spec = read.audit.model_copy(update={"enabled": True})
     if not (spec.target or spec.guards or spec.shifted):
         raise LuthierError("the plan's audit section names nothing to measure: state audit.target or audit.guards")
@@ -79,7 +81,7 @@ def audit(
     return Audited(place, report)
 
 
-def _distrusted(read: Plan, folder: Path, overrides: Sequence[str]) -> Plan:
+def distrusted(read: P, folder: Path, overrides: Sequence[str]) -> P:
     """The plan of a delta folder without its power to run code; what the overrides changed in it is the user's own."""
     trusts = read.base.trust_remote_code and any(o.startswith("base") and "trust_remote_code" in o for o in overrides)
     for group in ("target", "guards", "shifted"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from luthier.bridge.target import Target
 from luthier.delta.artefact import Delta
+from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec, Plan
 from luthier.verbs.load import load_all, load_base_for
@@ -83,6 +84,8 @@ class Sides:
         stated = self.plan.base
         if name == "base":
             return Side("base", dataclasses.replace(self._base(stated, [])))
+        if is_assembly(folder):
+            return Side(name, load_all(name)[1])
         if not is_delta(folder):
             if folder.is_dir() and not (folder / "config.json").exists():
                 raise LuthierError(
