@@ -72,7 +72,7 @@ def put_back(handle: Attached, tensors: Mapping[str, Tensor], *, earlier: bool =
             if edit.values is None or moved in tensors:
                 edit.redrawn = edit.values is not None
                 places[moved] = edit.parameter
-    saved = {k: v for k, v in tensors.items() if not k.startswith(("optimiser|", "index|", "best|"))}
+    saved = {k: v for k, v in tensors.items() if not k.startswith(("optimiser|", "index|", "best|", "callback|"))}
     if set(saved) != set(places):
         odd = sorted(set(saved) ^ set(places))
         raise LuthierError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
@@ -46,7 +47,18 @@ class Events:
             _forget_after(self.out / "log.jsonl", loop.progress.step)
         if self.show and loop.machine.first:
             self.bar = Bar(loop.steps, loop.progress.step, loop.progress.tokens)
+        self._restore(loop)
         self.tell("begin", loop)
+
+    def _restore(self, loop: Loop) -> None:
+        """Hands callbacks of a resumed run what they had in its checkpoint."""
+        stateful = {f"callback|{k}|": c for k, c in enumerate(self.callbacks) if isinstance(c, Stateful)}
+        path = checkpoint.latest(self.out / "checkpoints") if loop.progress.step and stateful else None
+        if path is None:
+            return
+        tensors, _ = checkpoint.load(path)
+        for prefix, callback in stateful.items():
+            callback.load({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
     def finish(self, loop: Loop) -> None:
         """The last evaluation, and the best delta if asked for."""
@@ -90,6 +102,9 @@ class Events:
         tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
         for kind, value in (self.best_tensors or {}).items():
             tensors[f"best|{kind}"] = value
+        for k, callback in enumerate(self.callbacks):
+            if isinstance(callback, Stateful):
+                tensors |= {f"callback|{k}|{name}": v.cpu() for name, v in callback.tensors().items()}
         state = {
             "plan": self.plan.model_dump(mode="json", by_alias=True),
             "data_fingerprint": self.data.fingerprint,
@@ -168,10 +183,33 @@ def _forget_after(path: Path, step: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A callback whose tensors travel with the checkpoints."""
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything needed to go on after a restart."""
+        ...
+
+    def load(self, tensors: Mapping[str, Any]) -> None:
+        """Puts back what `tensors` gave; called before 'begin' of a resumed run."""
+        ...
+
+
 def _callable(name: str) -> Callable[[str, Loop], None]:
-    module, _, attribute = name.partition(":")
+    """What 'module:name' names; of 'module:name(key=value, …)', what the call gives. Values are plain constants."""
+    module, _, rest = name.partition(":")
+    attribute, called, inside = rest.partition("(")
     try:
         found = getattr(importlib.import_module(module), attribute)
+        if called:
+            call = ast.parse(f"f({inside}", mode="eval").body
+            assert isinstance(call, ast.Call) and not call.args
+            found = found(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
     except (ImportError, AttributeError) as e:
         raise LuthierError(f"train.callbacks: cannot find '{name}' ({e}): write module:function") from e
+    except (AssertionError, SyntaxError, TypeError, ValueError) as e:
+        raise LuthierError(
+            f"train.callbacks: '{name}' ({e}): write module:name(key=value, …) with numbers or texts"
+        ) from e
     return found

@@ -1,0 +1,87 @@
+"""Averages taken while a run goes on: what they end with, and that a resumed run ends with the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier.delta import MERGES, Stack
+from luthier.errors import LuthierError
+from luthier.training.run import build
+from tests.runs.support import World, assert_same, interrupted, run
+
+LORA = [{"form": "lora", "rank": 2, "sites": ["attn.q"]}]
+FULL = [{"choice": "full"}]
+SLOW = "luthier.training.averages:SlowWeights(momentum=0.75, every=2)"
+STOCK = "luthier.training.averages:PeriodicStock(every=3)"
+
+
+def watched(world: World, out: Path, delta: Any, callback: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The trained numbers before step one and as every step left them before the callback, and those at the end."""
+    training = build(world.plan(delta, train={"callbacks": [callback]}), out, progress=False)
+    names = training.loop.optimiser.names
+    copy = lambda: {k: p.detach().clone() for k, p in names.items()}  # noqa: E731
+    seen, last = [copy()], training.loop.optimiser.torch.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = last(*args, **kwargs)
+        seen.append(copy())
+        return result
+
+    training.loop.optimiser.torch.step = step
+    training.train()
+    return seen, copy()
+
+
+@pytest.mark.parametrize("delta", [LORA, FULL])
+def test_slow_weights_are_the_closed_form(delta: Any, world: World, tmp_path: Path) -> None:
+    seen, end = watched(world, tmp_path, delta, SLOW)
+    every = seen[2::2]
+    for name, start in seen[0].items():
+        closed = 0.75 ** len(every) * start
+        for k, fast in enumerate(reversed(every)):
+            closed = closed + 0.25 * 0.75**k * fast[name]
+        assert torch.allclose(end[name], closed, atol=1e-6) and not torch.equal(end[name], seen[-1][name])
+
+
+def test_slow_weights_leave_the_fast_ones_alone(world: World, tmp_path: Path) -> None:
+    plain = run(world.plan(LORA), tmp_path / "plain")
+    slow = run(world.plan(LORA, train={"callbacks": [SLOW]}), tmp_path / "slow")
+    assert slow.losses == plain.losses
+
+
+@pytest.mark.parametrize("delta", [LORA, FULL])
+def test_periods_merge_two_branches_of_one_point(delta: Any, world: World, tmp_path: Path) -> None:
+    seen, end = watched(world, tmp_path, delta, STOCK)
+    merge = MERGES.make("model_stock", {})
+    assert len(seen) == 13
+    for name, start in seen[0].items():
+        last = merge.merge(Stack(name, [seen[9][name], seen[12][name]], start))
+        assert torch.allclose(end[name], last, atol=1e-7)
+
+
+@pytest.mark.parametrize("callback", [SLOW, STOCK])
+@pytest.mark.parametrize("step", [5, 10])
+def test_resumed_ends_the_same(callback: str, step: int, world: World, tmp_path: Path) -> None:
+    plan = world.plan(LORA, train={"callbacks": [callback]})
+    whole = run(plan, tmp_path)
+    assert_same(whole, interrupted(plan, tmp_path, step))
+
+
+@pytest.mark.parametrize(
+    "text", ["SlowWeights(momentum=2)", "SlowWeights(speed=1)", "SlowWeights(0.5)", "SlowWeights("]
+)
+def test_wrong_settings_are_one_line(text: str, world: World, tmp_path: Path) -> None:
+    with pytest.raises(LuthierError, match=r"train.callbacks: .*SlowWeights") as e:
+        build(world.plan(LORA, train={"callbacks": [f"luthier.training.averages:{text}"]}), tmp_path, progress=False)
+    assert "\n" not in str(e.value)
+
+
+def test_both_decide_how_it_ends(world: World, tmp_path: Path) -> None:
+    train = {"callbacks": [SLOW], "keep_best": True, "eval_every": 4}
+    with pytest.raises(LuthierError, match=r"keep_best: false"):
+        build(world.plan(LORA, train=train, data={"holdout": 8}), tmp_path, progress=False)
