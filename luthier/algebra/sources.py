@@ -367,6 +367,7 @@ def _from_peft(folder: Path, base: Checkpoint) -> Delta:
     from luthier.bridge.peft_in import from_peft
 
     on = load_base(BaseSpec.model_validate({"name": str(base.folder)}), weights=False, tokenizer=False)
+    on.fingerprint = mark_of(base, str(on.dtype).removeprefix("torch."))
     try:
         return from_peft(folder, on)
     except NotImplementedError as e:  # a form that needs the base's numbers, which are not in memory here

@@ -73,7 +73,11 @@ class TensorFile:
             )
         self.path, self._specs, self._next, self._left = path, list(specs), 0, 0
         self._file = open(path, "wb", buffering=0)
-        self._put(len(text).to_bytes(8, "little") + text)
+        try:
+            self._put(len(text).to_bytes(8, "little") + text)
+        except OSError:
+            self._file.close()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor, or the next flat piece of one."""

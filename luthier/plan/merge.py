@@ -190,6 +190,8 @@ def load_merge(
     field_file = "merge_method" in raw
     for text in overrides:
         override(raw, text)
+    if isinstance(raw.get("base"), dict) and set(raw["base"]) == {"name"}:  # as an override writes it out for a run
+        raw["base"] = raw["base"]["name"]
     known = MERGEKIT | OURS - {"method", "base", "weights"} if field_file else OURS
     if "method" not in raw and not field_file:
         raise LuthierError(
@@ -258,7 +260,7 @@ def _keys(loc: Sequence[Any]) -> list[str]:
     for part in loc:
         kinds = {"models": Input, "slices": Slice, "modules": Module, "sources": SliceInput, "tokenizer": TokenizerSpec}
         model = kinds.get(part, TokenSource if part == "tokens" else model)
-    return list(model.model_fields)
+    return [name for name in model.model_fields if name != "field_file"]
 
 
 # -- what a parameter is at one tensor

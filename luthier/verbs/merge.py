@@ -15,7 +15,7 @@ from luthier.algebra.driver import Job, measure, run, told
 from luthier.algebra.jobs import Method, make_jobs, replaced
 from luthier.algebra.layout import Layout, lay_out
 from luthier.algebra.outcome import config_of, same_tokens, template_of, write_beside
-from luthier.algebra.sources import ADAPTER, Source, Tuned, is_delta, open_source
+from luthier.algebra.sources import ADAPTER, Source, is_delta, open_source
 from luthier.algebra.writer import ShardedFile, Spec, new_folder, refuse_existing
 from luthier.errors import LuthierError
 from luthier.plan.merge import MergePlan, Ref, load_merge
@@ -64,6 +64,10 @@ def merge(
         raise LuthierError(
             f"{read.method} tries merges and measures them: state what counts (evaluate: {{target: […]}})"
         )
+    if not read.field_file and read.base is None and _all_deltas(read):
+        read = read.model_copy(
+            update={"base": Ref.model_validate(_base_of([Path(m.model.path) for m in read.models or []]))}
+        )
     if _as_delta(read):
         return _deltas(read, method, Path(out), began, progress)
     if method.cls.factors:
@@ -88,9 +92,13 @@ def _opened(plan: MergePlan) -> Iterator[list[Source]]:
             source.close()
 
 
-def _as_delta(plan: MergePlan) -> bool:
+def _all_deltas(plan: MergePlan) -> bool:
     models = plan.models or []
-    deltas = bool(models) and all(m.model.lora is None and is_delta(m.model.path) for m in models)
+    return bool(models) and all(m.model.lora is None and is_delta(m.model.path) for m in models)
+
+
+def _as_delta(plan: MergePlan) -> bool:
+    deltas = _all_deltas(plan)
     if plan.output == "delta" and not deltas:
         raise LuthierError(
             "output: delta needs delta folders as models: 'luthier diff BASE MODEL' makes one of a checkpoint"
@@ -153,23 +161,13 @@ def _write(
 
 
 def _alike(sources: Sequence[Source]) -> None:
-    """Models of one architecture, deltas of one base."""
+    """Models of one architecture."""
     first = sources[0]
     for source in sources[1:]:
         ours, theirs = first.config.get("model_type"), source.config.get("model_type")
         if ours != theirs:
             raise LuthierError(
                 f"{first.name} is of type {ours}, {source.name} of type {theirs}: merge models of one architecture"
-            )
-    tuned = [s for s in sources if isinstance(s, Tuned) and s.card.get("fingerprint")]
-    for source in tuned[1:]:
-        from luthier.bases.fingerprint import compare
-
-        a, b = tuned[0].card["fingerprint"], source.card["fingerprint"]
-        if compare(a, b) == "different":
-            raise LuthierError(
-                f"{tuned[0].name} and {source.name} were made on different bases ({a}, {tuned[0].card.get('name')}; {b}, "
-                f"{source.card.get('name')}): 'luthier port' one to the other's base"
             )
 
 
@@ -228,8 +226,7 @@ def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: 
     from luthier.verbs.load import load_base_for
 
     folders = [Path(m.model.path).expanduser() for m in plan.models or []]
-    named = str(plan.base) if plan.base is not None else _base_of(folders)
-    plan = plan.model_copy(update={"base": Ref.model_validate(named)})
+    named = str(plan.base)
     with _opened(plan) as sources:
         _alike(sources)
         own = [Delta.load(f) if (f / "delta.json").exists() else None for f in folders]
@@ -264,18 +261,30 @@ def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: 
 
 
 def _base_of(folders: Sequence[Path]) -> str:
+    """The one base that the deltas name; different ones are an error that gives their fingerprints."""
+    from luthier.bases.fingerprint import compare
     from luthier.bases.locate import read_json
     from luthier.delta.header import read_header
 
-    for folder in folders:
-        stated = (
-            read_header(folder)["base"].get("name")
-            if (folder / "delta.json").exists()
-            else read_json(folder / ADAPTER).get("base_model_name_or_path")
-        )
-        if stated:
-            return str(stated)
-    raise LuthierError(f"{folders[0]} names no base: state it (base)")
+    named: list[tuple[Path, str, str | None]] = []
+    for folder in (f.expanduser() for f in folders):
+        if (folder / "delta.json").exists():
+            card = read_header(folder)["base"]
+            named.append((folder, str(card.get("name") or ""), card.get("fingerprint")))
+        else:
+            named.append((folder, str(read_json(folder / ADAPTER).get("base_model_name_or_path") or ""), None))
+    marked = [row for row in named if row[2]]
+    for folder, name, mark in marked[1:]:
+        first = marked[0]
+        if compare(str(first[2]), str(mark)) == "different":
+            raise LuthierError(
+                f"{first[0]} and {folder} were made on different bases ({first[2]}, {first[1]}; {mark}, {name}): "
+                "'luthier port' one to the other's base"
+            )
+    found = next((name for _, name, _ in named if name), None)
+    if found is None:
+        raise LuthierError(f"{folders[0]} names no base: state it (base)")
+    return found
 
 
 # -- searches
