@@ -147,7 +147,8 @@ def _items(name: str, split: str, seed: int, difficulty: int | None, block: int)
             yield item
 
 
-def _record(name: str, item: Item) -> Record:
+def record_of(name: str, item: Item) -> Record:
+    """The record of a family's item."""
     messages = [{"role": "user", "content": item.prompt}]
     if item.after:
         messages += [{"role": role, "content": content} for role, content in item.after]
@@ -166,7 +167,7 @@ def _drawn(name: str, split: str, seed: int, start: int, difficulty: int | None)
         for i in range(BLOCK):
             item = next(items)
             if i >= skip:
-                yield _record(name, item)
+                yield record_of(name, item)
         block, skip = block + 1, 0
 
 
@@ -174,7 +175,7 @@ def _unrepeated(name: str, split: str, seed: int, start: int, difficulty: int | 
     seen: set[str] = set()
     idle = 0
     for item in _items(name, split, seed, difficulty, 0):
-        record = _record(name, item)
+        record = record_of(name, item)
         if record["id"] in seen:
             idle += 1
             if idle > PATIENCE:

@@ -1,4 +1,4 @@
-"""Questions in plain words, to be answered by a query, which SQLite runs on three databases nobody sees."""
+"""Questions in plain words, to be answered by a query, which SQLite runs on databases that nobody sees."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TAUGHT = False
 SYSTEM = "Table stall(item, town, price, stock). Answer with one SQLite query."
 COLUMNS = ("price", "stock")
 SIGNS = {"<": "below", ">": "above"}
-ROWS, WORLDS, STEPS = 99, 3, 200_000
-"""Rows of a hidden database, how many of them there are, and how many instructions of SQLite a query may take."""
+ROWS, STEPS = 99, 200_000
+"""Rows of a whole hidden database, and how many instructions of SQLite a query may take."""
 
 
 def _condition(draw: Draw) -> tuple[str, str]:
@@ -79,45 +79,59 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
 _CONDITION = re.compile(r"(town|price|stock) (=|<|>) (?:'(\w+)'|(\d+))")
 
 
-def _rows(answer: str, world: int) -> list[list[Any]]:
-    """The rows of a hidden database, made for one true query: prices and stocks are all different, so orders are
-    unique, and on both sides of every threshold there are rows that the other conditions let through, so that a query
-    with < for <= gives others. World 2 has nothing but those."""
+def _rows(answer: str, world: int) -> tuple[list[list[Any]], list[list[list[Any]]]]:
+    """The rows of a hidden database, made for one true query, and for every threshold those just below it, on it and
+    just above it, all of which the other conditions let through, so that a query with < for <= gives others. Prices and
+    stocks are all different, so orders are unique."""
     draw = Draw(f"luthier/queries/{world}")
     prices, stocks = draw.some(range(1, ROWS + 1), ROWS), draw.some(range(1, ROWS + 1), ROWS)
     rows = [[draw.pick(FRUITS), draw.pick(TOWNS[:6]), p, s] for p, s in zip(prices, stocks, strict=True)]
     found = _CONDITION.findall(answer)
     town = next((t for _, _, t, _ in found if t), None)
     limits = {(2 if c == "price" else 3): (sign, int(n)) for c, sign, t, n in found if not t}
-    fixed: list[list[Any]] = []
+    near: list[list[list[Any]]] = []
     for at, (_, n) in limits.items():
         other = limits.get(5 - at)
-        for value in (n - 1, n, n + 1):
-            row = next(r for r in rows if r[at] == value)
+        near.append([next(r for r in rows if r[at] == value) for value in (n - 1, n, n + 1)])
+        for row in near[-1]:
             row[1] = town or row[1]
-            if other and (row[5 - at] < other[1] if other[0] == ">" else row[5 - at] > other[1]):
+            if other and (row[5 - at] <= other[1] + 1 if other[0] == ">" else row[5 - at] >= other[1] - 1):
                 fits = 90 if other[0] == ">" else 10
-                swap = min((r for r in rows if r not in fixed and r is not row), key=lambda r: abs(r[5 - at] - fits))
+                free = (r for r in rows if not any(r is kept for group in near for kept in group))
+                swap = min(free, key=lambda r: abs(r[5 - at] - fits))
                 row[5 - at], swap[5 - at] = swap[5 - at], row[5 - at]
-            fixed.append(row)
-    return rows if world < WORLDS - 1 or not fixed else fixed
+    return rows, near
 
 
 @lru_cache(maxsize=64)
-def _database(answer: str, world: int) -> sqlite3.Connection:
-    """The same in SQLite, to be read and not written."""
+def _databases(answer: str) -> tuple[sqlite3.Connection, ...]:
+    """The databases of a true query, in memory, to be read and not written: two whole ones, and small ones in
+    which an extreme or a cut hides nothing: the rows about every threshold, and rows that only one condition keeps out."""
+    whole = [_rows(answer, world) for world in (0, 1)]
+    found = _CONDITION.findall(answer)
+    town = next((t for _, _, t, _ in found if t), None)
+    small = list(whole[0][1])
+    for group, sign in zip(whole[0][1], [sign for _, sign, t, _ in found if not t], strict=True):
+        small.append(group[:2] if sign == ">" else group[1:])
+    if town:
+        away = next(t for t in TOWNS if t != town)
+        small.append([[item, away, *numbers] for item, _, *numbers in (small or [whole[0][0][:3]])[0]])
+    return tuple(_opened(rows) for rows in [*(rows for rows, _ in whole), *small])
+
+
+def _opened(rows: list[list[Any]]) -> sqlite3.Connection:
     held = sqlite3.connect(":memory:", check_same_thread=False)
     held.execute("CREATE TABLE stall(item TEXT, town TEXT, price INTEGER, stock INTEGER)")
-    held.executemany("INSERT INTO stall VALUES (?, ?, ?, ?)", _rows(answer, world))
+    held.executemany("INSERT INTO stall VALUES (?, ?, ?, ?)", rows)
     allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
     held.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
     held.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
     return held
 
 
-def rows_of(query: str, answer: str, world: int) -> list[tuple[Any, ...]]:
-    """What a query gives on one of the databases of a true query. Raises sqlite3.Error; one that runs on is stopped."""
-    held, left = _database(answer, world), [STEPS // 1000]
+def rows_of(query: str, held: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    """What a query gives on one database. Raises sqlite3.Error; a query that runs on is stopped."""
+    left = [STEPS // 1000]
 
     def tick() -> int:
         left[0] -= 1
@@ -128,17 +142,17 @@ def rows_of(query: str, answer: str, world: int) -> list[tuple[Any, ...]]:
 
 
 def verify(prompt: str, answer: str, response: str) -> Verdict:
-    """Right if the response gives the same rows as the true query on all three databases: in the same order where one
+    """Right if the response gives the same rows as the true query on every database: in the same order where one
     is asked for, in any order where none is."""
     if not re.match(r"\s*(select|with)\b", response, re.IGNORECASE):
         return wrong("not a query")
     ordered = "ORDER BY" in answer
-    for world in range(WORLDS):
+    for held in _databases(answer):
         try:
-            got = rows_of(response, answer, world)
+            got = rows_of(response, held)
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             return wrong(f"SQLite: {error}")
-        want = rows_of(answer, answer, world)
+        want = rows_of(answer, held)
         if got != want and (ordered or sorted(got, key=repr) != sorted(want, key=repr)):
             return wrong(f"{len(got)} rows where {len(want)} were due, or others")
     return right()

@@ -1,0 +1,157 @@
+"""The protocol: its numbers by hand, its intervals by trial, its verdicts by construction."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.errors import LuthierError
+from luthier.measuring.protocol import (
+    VERDICTS,
+    Arm,
+    Paired,
+    Plan,
+    Spread,
+    equal_budgets,
+    judge,
+    needed,
+    paired,
+    quantile_t,
+    spread,
+)
+
+
+def test_the_parts_of_variance_by_hand():
+    """[[0, 2], [4, 6]]: rows 1 and 5, columns 2 and 4, nothing left over. Mean squares 16, 4, 0 of one degree each, so
+    the parts are 16 / 2 = 8 and 4 / 2 = 2."""
+    got = spread(np.zeros((2, 2)), np.array([[0.0, 2.0], [4.0, 6.0]]))
+    assert (got.seeds, got.items, got.rest) == pytest.approx((math.sqrt(8), math.sqrt(2), 0.0))
+    assert got.error(2, 2) == pytest.approx(math.sqrt(8 / 2 + 2 / 2))
+    assert got.freedom(2, 2) == pytest.approx(25 / (16 + 1))
+
+
+@pytest.mark.parametrize(
+    ("share", "freedom", "table"),
+    [
+        (0.975, 4, 2.776),
+        (0.975, 9, 2.262),
+        (0.95, 5, 2.015),
+        (0.975, 30, 2.042),
+        (0.995, 10, 3.169),
+        (0.975, 1e9, 1.960),
+    ],
+)
+def test_students_quantiles_are_those_of_the_tables(share, freedom, table):
+    assert quantile_t(share, freedom) == pytest.approx(table, rel=0.01)
+
+
+def drawn(rng, seeds, items, effect, parts):
+    rows, columns = rng.normal(0, parts.seeds, (seeds, 1)), rng.normal(0, parts.items, (1, items))
+    return effect + rows + columns + rng.normal(0, parts.rest, (seeds, items))
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+    """200 worlds in which seeds, items and rest all differ; the two-way interval may be wide, it must not be narrow."""
+    rng, parts = np.random.default_rng(0), Spread(0.02, 0.3, 0.3)
+    inside = 0
+    for i in range(200):
+        found = paired(np.zeros((6, 60)), drawn(rng, 6, 60, 0.1, parts), resamples=400, seed=i)
+        inside += found.low <= 0.1 <= found.high
+    assert 0.92 <= inside / 200 <= 1.0
+
+
+def test_power_said_in_advance_is_the_power_there_is():
+    rng, parts = np.random.default_rng(1), Spread(0.02, 0.25, 0.3)
+    plan = Plan(effect=0.12, seeds=6, items=60, spread=parts)
+    assert 0.7 < plan.power() < 0.99
+    hits = 0
+    for i in range(150):
+        found = paired(np.zeros((6, 60)), drawn(rng, 6, 60, 0.12, parts), resamples=300, seed=i)
+        hits += judge(plan, found).verdict == "reproduced"
+    assert hits / 150 == pytest.approx(plan.power(), abs=0.12)
+
+
+def test_what_is_needed_reaches_its_power_and_one_item_less_does_not():
+    parts = Spread(0.01, 0.3, 0.4)
+    plans = needed(0.05, parts)
+    assert plans and all(a[0] < b[0] and a[1] > b[1] for a, b in zip(plans, plans[1:], strict=False))
+    for seeds, items in plans:
+        assert Plan(0.05, seeds, items, parts).power() >= 0.8 > Plan(0.05, seeds, items - 1, parts).power()
+    assert needed(0.001, Spread(0.5, 0.1, 0.1)) == []  # no number of items mends seeds that differ
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    effect=st.floats(0.001, 1),
+    seeds=st.integers(2, 30),
+    items=st.integers(2, 4000),
+    s=st.floats(0, 0.5),
+    i=st.floats(0, 1),
+)
+def test_more_is_never_less_power(effect, seeds, items, s, i):
+    parts = Spread(s, i, 0.1)
+    plan = Plan(effect, seeds, items, parts)
+    assert plan.power() <= Plan(effect * 2, seeds, items, parts).power() + 1e-12
+    assert parts.error(seeds + 1, items + 1) < parts.error(seeds, items)
+
+
+ARMS = (Arm("lora", {1e-4: 0.5, 1e-3: 0.7, 1e-2: 0.6}), Arm("full", {1e-5: 0.6, 1e-4: 0.8, 1e-3: 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sign", "verdict"),
+    [
+        (0.01, 0.2, 1, "reproduced"), (0.01, 0.2, -1, "not reproduced"), (-0.2, -0.01, -1, "reproduced"),
+        (-0.02, 0.04, 1, "not reproduced"), (-0.02, 0.06, 1, "underpowered"), (-0.04, 0.02, -1, "not reproduced"),
+        (-0.06, 0.02, -1, "underpowered"),
+    ],
+)  # fmt: skip
+def test_verdicts_by_their_intervals(low, high, sign, verdict):
+    plan = Plan(0.05, 5, 100, Spread(0.01, 0.1, 0.1), sign=sign)
+    got = judge(plan, Paired((low + high) / 2, 0.02, low, high, 5, 100), ARMS)
+    assert got.verdict == verdict and got.verdict in VERDICTS and "in this world" in str(got) and got.tuning == ()
+
+
+def test_tuning_that_differs_is_refused_and_an_open_edge_is_told():
+    plan, found = Plan(0.05, 5, 100, Spread(0, 0.1, 0.1)), Paired(0.1, 0.01, 0.08, 0.12, 5, 100)
+    with pytest.raises(LuthierError, match="tries differ: lora 3, full 1"):
+        judge(plan, found, (ARMS[0], Arm("full", {1e-4: 0.8})))
+    edge = Arm("full", {1e-5: 0.6, 1e-4: 0.8, 1e-3: 0.9})
+    assert edge.at_edge() and edge.best() == 1e-3
+    assert "full is best at the edge of its sweep, 0.001" in str(judge(plan, found, (ARMS[0], edge)))
+    assert equal_budgets(ARMS) == [] and Arm("tie", {2.0: 1.0, 1.0: 1.0, 3.0: 0.0}).best() == 1.0
+
+
+def test_less_than_planned_is_refused():
+    with pytest.raises(LuthierError, match="planned 5 seeds and 100 items, got 4 and 100"):
+        judge(Plan(0.05, 5, 100, Spread(0, 0.1, 0.1)), Paired(0.1, 0.01, 0.08, 0.12, 4, 100))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        (np.zeros((3, 4)), np.zeros((3, 5)), "the same for both"), (np.zeros((1, 4)), np.zeros((1, 4)), "2 of each"),
+        (np.zeros(4), np.zeros(4), "seeds, items"), (np.zeros((2, 2)), np.full((2, 2), np.nan), "not a number"),
+    ],
+)  # fmt: skip
+def test_scores_that_do_not_pair(a, b, told):
+    with pytest.raises(LuthierError, match=told) as error:
+        paired(a, b)
+    assert "\n" not in str(error.value)
+
+
+def test_no_difference_at_all():
+    found = paired(np.ones((3, 5)), np.ones((3, 5)))
+    assert (found.effect, found.low, found.high, found.errors) == (0, 0, 0, 0)
+    assert Plan(0.05, 3, 5, spread(np.ones((3, 5)), np.ones((3, 5)))).power() == 1.0
+    assert judge(Plan(0.05, 3, 5, Spread(0, 0, 0)), found).verdict == "underpowered"
+
+
+@pytest.mark.parametrize("bad", [{"effect": 0}, {"effect": float("nan")}, {"sign": 2}, {"seeds": 1}, {"items": 1}])
+def test_plans_that_cannot_be(bad):
+    with pytest.raises(LuthierError, match="choose"):
+        Plan(**{"effect": 0.1, "seeds": 5, "items": 10, "spread": Spread(0, 0, 1), **bad})

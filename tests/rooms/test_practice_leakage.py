@@ -1,0 +1,78 @@
+"""No test record, nor its meaning, stands in a train split: searched for by meaning and, with other means, by n-grams."""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+
+import pytest
+
+from luthier.errors import LuthierError
+from luthier.practice import world
+from luthier.practice.draw import Draw
+
+FAMILIES = world.families()
+SLOW = ("countdown", "errands", "tagging", "ledgers", "repairs")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_meaning_read_from_the_text_is_the_generators_own(family):
+    """``meaning`` sees the record only. That it gives back the key on which splits are drawn shows that the key is in
+    the record and says all of it, in every wording."""
+    make, draw = world.family_named(family).make, Draw(f"meaning/{family}")
+    for i in range(60 if family in SLOW else 240):
+        item = make(draw, 1 + i % 3, bool(i % 2))
+        assert world.meaning(world.record_of(family, item)) == item.key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_records_meaning_falls_into_its_own_split(family):
+    seen: dict[str, set[str]] = {}
+    for split in world.SPLITS:
+        told = islice(world.records(family, split), 60 if family in SLOW else 240)
+        seen[split] = {world.meaning(record) for record in told}
+        assert {world.split_of(family, meaning) for meaning in seen[split]} == {split}
+    assert not seen["train"] & (seen["test"] | seen["shifted"])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("facts", "newcomers")])
+def test_enough_test_pairs(family):
+    """2,000 in every family but tools, whose calls are fewer, and facts and newcomers. Of the slow ones not all are drawn."""
+    n = 300 if family in SLOW else 2000
+    if family == "tools":
+        n = 600
+    assert len({r["id"] for r in world.records(family, "test", n)}) == n
+
+
+def grams(record, n: int = 13) -> set[tuple[str, ...]]:
+    """All runs of n words and signs of what is asked and answered; all of it where it is shorter."""
+    words = re.findall(r"\w+|[^\w\s]", " ".join(m["content"] for m in record["messages"] if m["role"] != "system"))
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} or {tuple(words)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_test_record_is_patched_together_from_train_records(family):
+    """By other means than meanings: no test record has all its runs of 13 words in 20 times as many train records."""
+    n = 15 if family in SLOW else 60
+    trained = list(world.records(family, "train", 20 * n, seed=5))
+    seen = set().union(*map(grams, trained))
+    for split in ("test", "shifted"):
+        assert not [r for r in world.records(family, split, n) if grams(r) <= seen]
+    assert grams(trained[0]) <= seen
+
+
+def test_the_same_prompt_is_never_asked_in_train_and_test_of_parallel_families():
+    """Three tongues and two houses share their draws, so a sentence that one of them trains on, none of them tests."""
+    for names in (("kellish", "norrish", "ossan"), ("customs_east", "customs_west")):
+        trained = {world.meaning(r) for name in names for r in world.records(name, "train", 3000)}
+        tested = {world.meaning(r) for name in names for r in world.records(name, "test", 300)}
+        assert not trained & tested
+        firsts = [[world.meaning(r) for r in world.records(name, "train", 50)] for name in names]
+        assert all(first == firsts[0] for first in firsts)
+
+
+def test_a_record_of_another_world_has_no_meaning_here():
+    with pytest.raises(LuthierError, match="unknown family 'nought'"):
+        world.meaning({"family": "nought", "answer": "", "messages": [{"role": "user", "content": "?"}]})
+    with pytest.raises(LuthierError, match="no 'answer'"):
+        world.meaning({"family": "facts", "messages": []})
