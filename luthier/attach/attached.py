@@ -5,33 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.attach import edits, extras
+from luthier.attach.fold import FoldReport, folded
 from luthier.attach.numbers import CHILD, Live, key_of, numbers_of, put
 from luthier.attach.point import Placed, Point
 from luthier.attach.prompts import stack_of
 from luthier.attach.weights import gathered, module_at, oriented, read_weight
-from luthier.bases.fingerprint import base_tensors, compare, fingerprint
-from luthier.delta import FORMS, Context, Form, No, Site, State
-from luthier.delta.artefact import Delta, Piece, supply_attacher
+from luthier.delta import FORMS, Context, Form, Site, State
+from luthier.delta.artefact import Delta, Piece
 from luthier.errors import LuthierError
-from luthier.parts.bits import encode
 
 HANDLE = "_luthier"
-
-
-@dataclass
-class FoldReport:
-    """What folding did: parameters written and the largest share of a change that rounding swallowed."""
-
-    written: list[str]
-    lost: float
-    worst: str
 
 
 class Attached:
@@ -235,11 +224,19 @@ class Attached:
         """
         for name in rows:
             if name not in self.placed or name in self.edits:
-                raise LuthierError(f"piece '{name}' cannot be routed: it edits the base in place, or is not on this model")
+                raise LuthierError(
+                    f"piece '{name}' cannot be routed: it edits the base in place, or is not on this model"
+                )
             for q in self.placed[name]:
                 placed = q.form.at in ("weight", "output", "hidden") and not q.form.changes_weight
-                if not placed or q.state.site.role.startswith("expert") or q.state.site.kind in ("norm", "fused-experts"):
-                    raise LuthierError(f"piece '{name}' cannot be routed: at {q.state.site.name} it does not act row by row")
+                if (
+                    not placed
+                    or q.state.site.role.startswith("expert")
+                    or q.state.site.kind in ("norm", "fused-experts")
+                ):
+                    raise LuthierError(
+                        f"piece '{name}' cannot be routed: at {q.state.site.name} it does not act row by row"
+                    )
         device = next(self.model.parameters()).device
         was, self.rows = self.rows, {k: torch.as_tensor(v, device=device).long() for k, v in rows.items()}
         try:
@@ -247,67 +244,14 @@ class Attached:
         finally:
             self.rows = was
 
-    @torch.no_grad()
     def fold(self) -> FoldReport:
         """Writes every change into the base's weights (in float32, then rounded to their type) and silences the hooks.
 
         Refused where a form has no weight change, or a bias is needed that the module lacks. `unfold` undoes it exactly.
         """
-        for piece in self.pieces.values():
-            if isinstance(piece.form.dense, No):
-                raise LuthierError(f"piece '{piece.name}' cannot be folded: {piece.form.dense.reason}")
-        kept: dict[str, tuple[nn.Module, str, Tensor]] = {}
-        sums: dict[str, tuple[nn.Module, str, Tensor]] = {}
-        order = [q for point in self.points.values() for q in [*point.swaps, *point.adds]]
-        late = [q for point in self.points.values() for q in [*point.chain, *point.inputs]]
-        order += [q for k, q in enumerate(late) if not any(q is other for other in [*order, *late[:k]])]
-        for q in order:
-            self._fold_one(q, sums)
-        lost, worst = 0.0, ""
-        for name, (module, part, total) in sums.items():
-            parameter: Tensor = module._parameters[part]  # pyright: ignore[reportAssignmentType]
-            kept[name] = (module, part, parameter.detach().clone())
-            rounded = total.to(parameter.dtype)
-            wanted = (total - parameter.float()).norm()
-            share = float((rounded.float() - total).norm() / wanted) if wanted > 0 else 0.0
-            lost, worst = max((lost, worst), (share, name))
-            parameter.copy_(rounded)
-        self._folded, self.enabled = kept, False
-        return FoldReport(sorted(sums), lost, worst)
-
-    def _fold_one(self, q: Placed, sums: dict[str, tuple[nn.Module, str, Tensor]]) -> None:
-        site = q.state.site
-        module = module_at(self.model, site.name)
-
-        def total(part: str) -> Tensor | None:
-            name = f"{site.name}.{part}"
-            parameter = module._parameters.get(part)
-            return (
-                sums[name][2] if name in sums else None if parameter is None else gathered(parameter.detach()).float()
-            )
-
-        chained = q.form.at != "weight"
-        weight = total(site.parameter)
-        if weight is None:
-            raise LuthierError(f"piece '{q.piece}' cannot be folded at {site.name}: the module has no {site.parameter}")
-        base = weight if chained else module._parameters[site.parameter].detach().float()  # pyright: ignore
-        bias = total("bias") if chained else q.state.bias
-        state = dataclasses.replace(q.state, W=lambda: oriented(base, site), bias=bias)
-        change = q.form.delta(state)
-        if isinstance(change, No):
-            raise LuthierError(f"piece '{q.piece}' cannot be folded at {site.name}: {change.reason}")
-        for part, value in change.items():
-            name = site.parameter if part == "weight" else part
-            now = total(name)
-            if now is None:
-                if float(value.abs().max()) == 0:
-                    continue
-                raise LuthierError(
-                    f"piece '{q.piece}' needs a bias at {site.name}, which this base lacks: keep it as a delta, "
-                    "or use a base whose config has the bias (attention_bias, mlp_bias)"
-                )
-            value = (oriented(value, site) if part == "weight" else value) * q.scale
-            sums[f"{site.name}.{name}"] = (module, name, now + value)
+        self._folded, report = folded(self.model, self.pieces.values(), self.points.values())
+        self.enabled = False
+        return report
 
     def unfold(self) -> None:
         """Puts back what `fold` replaced, bit for bit, and switches the hooks on again."""
@@ -378,30 +322,8 @@ class Attached:
             pieces.append(dataclasses.replace(piece, p=p, fixed=fixed))
         for name, table in self.edits.items():
             if name not in self.pieces:
-                pieces += _moved(name, table, sites or {})
+                pieces += edits.moved(name, table, sites or {})
         return Delta(pieces)
-
-
-def _moved(name: str, table: Mapping[str, edits.Edit], sites: Mapping[str, Site]) -> list[Piece]:
-    """What a choice moved, as exact pieces: whole parameters, and entries under '<name>-entries' if there are both."""
-    out: dict[str, Piece] = {}
-    for key, edit in table.items():
-        tuned, base = gathered(edit.parameter.detach()).cpu(), edit.original.cpu()
-        dtype, kind = str(tuned.dtype)[6:], "dense" if edit.index is None else "entries"
-        where = f"{kind}-{dtype}"
-        if where not in out:
-            out[where] = Piece(name if not out else f"{name}-{where}", FORMS.make(kind, {"dtype": dtype}), {}, {}, {})
-        piece = out[where]
-        site = sites[key]
-        if edit.index is None:
-            piece.p[key], piece.fixed[key] = {"bits": encode(tuned, base)}, {}
-        else:
-            index = torch.nonzero((tuned != base).flatten()).flatten() if edit.redrawn else edit.index.cpu()
-            site = dataclasses.replace(site, entries=len(index))
-            piece.p[key] = {"bits": encode(tuned.flatten()[index], base.flatten()[index])}
-            piece.fixed[key] = {"index": index}
-        piece.sites[key] = site
-    return list(out.values())
 
 
 def _check_shapes(piece: Piece, key: str, anchor: Tensor, weight: Any) -> None:
@@ -429,58 +351,3 @@ def attached(model: nn.Module) -> Attached:
     if HANDLE not in model.__dict__:
         model.__dict__[HANDLE] = Attached(model)
     return model.__dict__[HANDLE]
-
-
-def apply(model: nn.Module, delta: Delta, *, strict: bool = True) -> Attached:
-    """Attaches every piece of a delta, or none. With `strict`, a model that is not the delta's base is an error.
-
-    Fresh heads and rows of new tokens are not in a fingerprint: a base that has them is left to `luthier.load`.
-    """
-    handle = attached(model)
-    grown = delta.base.get("new_tokens") or delta.base.get("kind") == "classify"
-    if strict and delta.base.get("fingerprint") and not grown and not handle.edits:
-        _same_base(model, delta)
-    done = []
-    try:
-        for piece in delta.pieces:
-            done.append(piece.name)
-            handle.add(piece)
-    except LuthierError:
-        for name in done:
-            if name in handle.pieces:
-                handle.detach(name)
-        raise
-    return handle
-
-
-def _same_base(model: nn.Module, delta: Delta) -> None:
-    stated, here = delta.base["fingerprint"], fingerprint(model)
-    same = compare(stated, here)
-    exact = any(piece.form.at == "base" for piece in delta.pieces)
-    if same == "different":
-        raise LuthierError(
-            f"the delta was made on base {stated}, this base is {here}: load the right base or port the delta"
-        )
-    if same != "same" and exact and not _holds(model, getattr(torch, stated.rpartition(":")[2])):
-        raise LuthierError(
-            f"the delta holds exact differences from base {stated}, this base is {here} (the same in another type): "
-            f"load the base with dtype: {stated.rpartition(':')[2]}"
-        )
-
-
-def _holds(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a model in a wider type holds nothing but values of this one, as one read from a checkpoint in it does."""
-    return all(
-        torch.promote_types(t.dtype, dtype) == t.dtype and torch.equal(t.to(dtype).to(t.dtype), t)
-        for _, t in base_tensors(model)
-        if t.is_floating_point()
-    )
-
-
-def _detach(model: nn.Module, delta: Delta) -> None:
-    handle = attached(model)
-    for piece in delta.pieces:
-        handle.detach(piece.name)
-
-
-supply_attacher(apply=apply, detach=_detach)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.attach.weights import gathered, module_at
+from luthier.delta import FORMS, Site
+from luthier.delta.artefact import Piece
 from luthier.errors import LuthierError
+from luthier.parts.bits import encode
 
 
 def assign(place: Tensor, value: Tensor) -> None:
@@ -124,3 +129,25 @@ def begin(model: nn.Module, piece: str, full_name: str, index: Tensor | None, tr
         edit.index = index.to(parameter.device)
         edit.values = nn.Parameter(original.view(-1)[edit.index].clone())
     return edit
+
+
+def moved(name: str, table: Mapping[str, Edit], sites: Mapping[str, Site]) -> list[Piece]:
+    """What a choice moved, as exact pieces: whole parameters, and entries under '<name>-entries' if there are both."""
+    out: dict[str, Piece] = {}
+    for key, edit in table.items():
+        tuned, base = gathered(edit.parameter.detach()).cpu(), edit.original.cpu()
+        dtype, kind = str(tuned.dtype)[6:], "dense" if edit.index is None else "entries"
+        where = f"{kind}-{dtype}"
+        if where not in out:
+            out[where] = Piece(name if not out else f"{name}-{where}", FORMS.make(kind, {"dtype": dtype}), {}, {}, {})
+        piece = out[where]
+        site = sites[key]
+        if edit.index is None:
+            piece.p[key], piece.fixed[key] = {"bits": encode(tuned, base)}, {}
+        else:
+            index = torch.nonzero((tuned != base).flatten()).flatten() if edit.redrawn else edit.index.cpu()
+            site = dataclasses.replace(site, entries=len(index))
+            piece.p[key] = {"bits": encode(tuned.flatten()[index], base.flatten()[index])}
+            piece.fixed[key] = {"index": index}
+        piece.sites[key] = site
+    return list(out.values())
