@@ -41,8 +41,10 @@ def add_lowrank(total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) ->
     """total [..., out] + scale · x [..., in] Aᵀ [in, r] Bᵀ [r, out]. `total` may be overwritten; use the result.
 
     A and B are cast to x's type. Works where `total` is a leaf, a view or needed elsewhere only out of place: then,
-    and without gradients, the plain product is taken.
+    without gradients, and under torch.compile, which fuses by itself, the plain product is taken.
     """
+    if torch.compiler.is_compiling():
+        return torch.add(total, (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t(), alpha=scale)
     safe = total.is_contiguous() and not total.is_leaf and not total._is_view() and total.dtype == x.dtype
     if torch.is_grad_enabled() and safe:
         return _AddLowRank.apply(total, x, a, b, scale)  # pyright: ignore[reportReturnType]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from luthier.attach import Attached, attached
+from luthier.attach.prompts import stack_of
 from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer, full_fingerprint
 from luthier.bases.hardware import choose_device, has_bf16, peak_memory, reset_peak, set_malloc
 from luthier.bases.load import Base, load_base
@@ -219,6 +220,8 @@ class Fitted:
     def remove(self) -> None:
         """Leaves the model with the deltas alone."""
         slow_down(self.model)
+        for module in self.model.modules():
+            module._compiled_call_impl = None
         if self.pruner:
             self.pruner.remove()
         if self.selector:
@@ -232,12 +235,26 @@ def _fit(plan: Plan, base: Base) -> Fitted:
     if plan.train.checkpointing:
         checkpoint_activations(base.model)
     if plan.train.compile:
-        base.model.compile(dynamic=True)
+        # The layers without the head, whose selection of positions differs in every batch and would compile anew.
+        (stack_of(base.model) or base.model).compile(dynamic=True)
         return Fitted(base.model, selector)
     fused = speed_up(base.model, base.roles)
     if selector is None or base.kind != "causal" or plan.train.checkpointing:
         return Fitted(base.model, selector, None, fused)
     return Fitted(base.model, selector, Pruner(base.roles, base.model, selector), fused)
+
+
+@contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """The model as it is, for a few passes of odd shapes that are not worth a compilation each."""
+    kept = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    for module in kept:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in kept.items():
+            module._compiled_call_impl = call
 
 
 def _found(plan: Plan, out: Path, data: Any, machine: Machine) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -253,7 +270,8 @@ def _found(plan: Plan, out: Path, data: Any, machine: Machine) -> tuple[dict[str
 def _prove(training: Training, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Known answers and rehearsal before step one; then the run is put where its checkpoint had it, with a certificate."""
     record, loop, events = training.record, training.loop, training.events
-    record["known_answers"] = state["known_answers"] if state else proof.known_answers(training)
+    with uncompiled(training.base.model):
+        record["known_answers"] = state["known_answers"] if state else proof.known_answers(training)
     events.known_answers = record["known_answers"]
     reset_peak(training.machine.device)
     if training.plan.train.rehearse:
