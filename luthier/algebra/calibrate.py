@@ -166,6 +166,11 @@ def scales(handle: Attached, pieces: Sequence[str]) -> list[nn.Parameter]:
     return [q.state.p["scale"] for name in pieces for q in handle.placed[name] if "scale" in q.state.p]  # pyright: ignore
 
 
+def trained(handle: Attached, pieces: Sequence[str]) -> list[nn.Parameter]:
+    """All numbers of pieces that can be tuned."""
+    return [v for name in pieces for q in handle.placed[name] for v in q.state.p.values()]  # pyright: ignore
+
+
 def sweep(run: Run, numbers: Sequence[nn.Parameter], factors: Sequence[float], text: Text) -> list[dict[str, float]]:
     """Multiplies every scale by the factor of least loss on the text; gives factor and loss of each try."""
     start = [p.detach().clone() for p in numbers]
@@ -229,3 +234,54 @@ def tune_scales(
                 p.copy_(s)
         after = before
     return before, after
+
+
+def tune_features(
+    handle: Attached, numbers: Sequence[nn.Parameter], ids: Tensor, *, steps: int, batch: int, lr: float, seed: int
+) -> dict[str, float]:
+    """Tunes numbers on a model so that its hidden states are what they are with the handle off: mean squared error over all of
+    them, plus the forms' penalties. Gives the error before and after, on the rows.
+
+    AdamW as in `tune_scales`, each tensor's rate `lr` times the root mean square of its own entries.
+    """
+    model = handle.model
+    device = next(model.parameters()).device
+    before = _features_apart(handle, ids, batch)
+    groups = [{"params": [p], "lr": lr * max(float(p.detach().square().mean().sqrt()), 1e-12)} for p in numbers]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 1 - k / steps)
+    g = torch.Generator().manual_seed(seed)
+    for p in numbers:
+        p.requires_grad_(True)
+    try:
+        for _ in range(steps):
+            x = ids[torch.randint(0, len(ids), (min(batch, len(ids)),), generator=g)].to(device)
+            (_feature_loss(handle, x) + handle.penalty()).backward()
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+    finally:
+        for p in numbers:
+            p.requires_grad_(False)
+    return {"features": before, "tuned_features": _features_apart(handle, ids, batch)}
+
+
+def _feature_loss(handle: Attached, ids: Tensor) -> Tensor:
+    """Mean over hidden states of the mean squared distance from the base's."""
+    with torch.no_grad(), handle.off():
+        wanted = _hidden(handle.model, ids)
+    found = _hidden(handle.model, ids)
+    return torch.stack([(a.float() - b.float()).square().mean() for a, b in zip(found, wanted, strict=True)]).mean()
+
+
+def _hidden(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    extra = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    out = model(input_ids=ids, output_hidden_states=True, **extra)
+    return tuple(out.hidden_states) if not extra else (*out.encoder_hidden_states, *out.decoder_hidden_states)
+
+
+@torch.no_grad()
+def _features_apart(handle: Attached, ids: Tensor, batch: int) -> float:
+    device = next(handle.model.parameters()).device
+    parts = [float(_feature_loss(handle, part.to(device))) * len(part) for part in ids.split(batch)]
+    return sum(parts) / len(ids)

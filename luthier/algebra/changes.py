@@ -49,6 +49,19 @@ class Pair:
         return self.other.tensor(name)
 
 
+class Itself:
+    """No tuned model: the base as it is."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+
+    def moved(self, name: str) -> bool:
+        return True
+
+    def tuned(self, name: str) -> Tensor:
+        return self.base.tensor(name)
+
+
 class OfDelta:
     """A base with a delta on it; every form that has a weight change."""
 

@@ -124,7 +124,10 @@ class Work:
         piece.sites[site.name], piece.p[site.name], piece.fixed[site.name] = site, small.p, small.fixed
         stored = piece.stored(site.name, site)
         taken = sum(t.numel() * t.element_size() for group in stored for t in group.values())
-        self._count(site, "packed", change.numel(), taken, change, back)
+        if self.method.alone:  # measured by the weight, not by a change of it
+            self._count(site, "packed", base.numel(), taken, base, base + back)
+        else:
+            self._count(site, "packed", change.numel(), taken, change, back)
         return small, back
 
     def _piece(self, small: Small) -> Piece:
@@ -263,12 +266,15 @@ def _on_model(work: Work, on: Target, text: Text | None) -> Outcome:
             work.say("trying factors")
             outcome.tries = calibrate.sweep(run, numbers, factors, text)
         found["compressed"] = calibrate.apart(run, rows, wanted)
-        tune = work.method.tunes if spec.tune is None else spec.tune
-        if tune and text is not None and numbers:
+        tune = work.method.tunes if spec.tune is None else (work.method.tunes or "scales") if spec.tune else ""
+        common = {"steps": spec.steps, "batch": spec.batch_size, "lr": spec.lr, "seed": spec.seed}
+        if tune == "features" and text is not None:
+            work.say("tuning to the base's features")
+            found |= calibrate.tune_features(handle, calibrate.trained(handle, names), rows, **common)
+            found["tuned"] = calibrate.apart(run, rows, wanted)
+        elif tune and text is not None and numbers:
             work.say("tuning scales")
-            found["compressed"], found["tuned_scales"] = calibrate.tune_scales(
-                model, numbers, rows, wanted, steps=spec.steps, batch=spec.batch_size, lr=spec.lr, seed=spec.seed
-            )
+            found["compressed"], found["tuned"] = calibrate.tune_scales(model, numbers, rows, wanted, **common)
         outcome.delta = Delta(handle.delta().pieces)
     finally:
         outcome.delta.detach(model)

@@ -60,7 +60,7 @@ def compress(
         f"file      {total['file_bytes']:,} bytes, {total['file_bits']:.2f} bits/weight: {total['file_ratio_16']:.1f}× "
         "smaller than the model in 16 bits"
     )
-    for key, words in (("compressed", "compressed"), ("tuned_scales", "with tuned scales"), ("base", "base")):
+    for key, words in (("compressed", "compressed"), ("tuned", "tuned on the text"), ("base", "base")):
         if key in far:
             plain(f"logits    {far[key]:.4g} from the tuned model's (root mean square), {words}")
     plain(f"written to {out}")

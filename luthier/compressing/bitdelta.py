@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from luthier.delta import COMPRESSIONS, FORMS, Change, Compression, Small
 from luthier.parts.packing import pack_bits
@@ -18,7 +18,7 @@ class BitDelta(Compression):
     A zero counts as plus. Source: Liu et al. 2024 (P088).
     """
 
-    tunes: ClassVar[bool] = True
+    tunes: ClassVar[Literal["", "scales", "features"]] = "scales"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
     paper: ClassVar[str] = "P088"
 

@@ -48,9 +48,10 @@ class DeltaCoMe(Compression):
         h = hessian(c.inputs, c.change.shape[1], self.damp)
         fixed: dict[str, Tensor] = {}
         v = self._rounded("v", vh, h, ranks, fixed, across=False)
-        gram = v @ h @ v.t()
+        seen = v * h if h.dim() == 1 else v @ h
+        gram = seen @ v.t()
         damped = gram + gram.diagonal().mean().clamp_min(1e-12) * 1e-4 * torch.eye(len(gram))
-        fit = torch.linalg.solve(damped, v @ h @ c.change.t() / scale)
+        fit = torch.linalg.solve(damped, seen @ c.change.t() / scale)
         self._rounded("u", fit.t(), gram, ranks, fixed, across=True)
         return Small(form, {"scale": scale[None]}, fixed)
 

@@ -45,12 +45,12 @@ class DeltaZip(Compression):
         _, fours, groups = form.sizes(c.site)
         wide, columns = 4 * fours, c.change.shape[1]
         w = F.pad(c.change, (0, wide - columns))
-        h = torch.eye(wide)
-        h[:columns, :columns] = hessian(c.inputs, columns, self.damp)
+        h = hessian(c.inputs, columns, self.damp)
+        h = F.pad(h, (0, wide - columns), value=1.0) if h.dim() == 1 else torch.block_diag(h, torch.eye(wide - columns))
         scale = power_of_two(w.abs().max())
         steps = torch.zeros(len(w), groups)
         kept = torch.zeros(len(w), wide, dtype=torch.bool)
-        codes = torch.zeros(len(w), wide, dtype=torch.int64)
+        codes = torch.zeros(len(w), wide, dtype=torch.uint8)
 
         def column(j: int, now: Tensor, d: Tensor) -> Tensor:
             k = j // self.group
@@ -65,8 +65,10 @@ class DeltaZip(Compression):
             return from_codes(codes[:, j], step, self.bits) * kept[:, j]
 
         surgeon(w, h, column, block=self.group)
-        places = kept.unflatten(1, (-1, 4)).int().topk(2, 2).indices.sort(2).values
-        number = (places[:, :, None] == TWO_OF_FOUR).all(3).int().argmax(2)
+        places = kept.unflatten(1, (-1, 4)).to(torch.uint8).topk(2, 2).indices.sort(2).values
+        table = torch.zeros(16, dtype=torch.uint8)
+        table[TWO_OF_FOUR @ torch.tensor([4, 1])] = torch.arange(6, dtype=torch.uint8)
+        number = table[4 * places[..., 0] + places[..., 1]]
         packed = {
             "codes": pack_codes(codes.unflatten(1, (-1, 4)).gather(2, places).flatten(1), self.bits),
             "places": pack_sixths(number),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luthier.delta.form import Form, No, Site
 
@@ -48,8 +48,11 @@ class Compression:
     """Whether it needs `inputs`: then layers are done in order, each fed by the compressed layers before it."""
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
     """Kinds of site it compresses; the change of others is kept as it is, or dropped where the plan says so."""
-    tunes: ClassVar[bool] = False
-    """Whether `p["scale"]` is tuned afterwards so that the model's logits match the tuned model's on calibration text."""
+    tunes: ClassVar[Literal["", "scales", "features"]] = ""
+    """What is tuned on calibration text afterwards: `p["scale"]`, so that the logits are the tuned model's; or all of `p`,
+    so that all hidden states are."""
+    alone: ClassVar[bool] = False
+    """Whether there is no tuned model: it makes the base itself smaller, and `change` is zero."""
     paper: ClassVar[str] = ""
 
     def factors(self) -> Sequence[float]:

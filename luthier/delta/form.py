@@ -113,6 +113,8 @@ class Form:
     """Whether `change` looks at y; one that does not may add into it in place."""
     changes_weight: ClassVar[bool] = False
     """True for forms without a cheap path: the tensor W + delta is put in the weight's place during forward."""
+    stride: ClassVar[float] = 0.05
+    """How far its numbers have to be pushed off their start to change anything: more where they start saturated."""
     paper: ClassVar[str] = ""
 
     def build(self, site: Site, g: Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

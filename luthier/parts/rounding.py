@@ -51,13 +51,14 @@ def power_of_two(size: Tensor) -> Tensor:
 
 
 def hessian(x: Tensor | None, width: int, damp: float = 0.01) -> Tensor:
-    """XᵀX / N + damp · its mean diagonal, [width, width] in float32; the unit matrix where there are no inputs x [N, width]."""
-    if x is None:
-        return torch.eye(width)
+    """XᵀX / N + damp · its mean diagonal, [width, width] in float32; where there are no inputs x [N, width] the unit
+    matrix's diagonal."""
+    if x is None or not len(x):
+        return torch.ones(width)
     h = x.float().t() @ x.float() / max(1, len(x))
     mean = h.diagonal().mean()
     if not mean > 0:
-        return torch.eye(width)
+        return torch.ones(width)
     return h + torch.eye(width) * (damp * mean)
 
 
@@ -77,16 +78,15 @@ def inverse_factor(h: Tensor) -> Tensor:
 def surgeon(w: Tensor, h: Tensor, column: Callable[[int, Tensor, Tensor], Tensor], block: int = 128) -> Tensor:
     """W rounded column by column, each column's error spread over those to come so that (W − Ŵ) H (W − Ŵ)ᵀ stays small.
 
-    w [d_out, d_in] and h [d_in, d_in]. column(j, w, d) gives the rounded column [d_out] from the weights as they are
+    w [d_out, d_in] and h [d_in, d_in], or its diagonal where that is all. column(j, w, d) gives the rounded column [d_out] from the weights as they are
     now (up to date to the end of j's block of `block` columns); d [d_in] is the diagonal of the upper Cholesky factor
     of H⁻¹, so that (w_j / d_j)² is what setting w_j to zero costs. With H a multiple of the unit matrix this is plain
     rounding. Source: Frantar et al. 2022 (GPTQ), after Hassibi & Stork 1993 (OBS).
     """
     w = w.clone()
-    own = h.diagonal()
-    alone = not bool((h - torch.diag(own)).any())  # then no column can make good another's error
-    upper = torch.diag(own.clamp_min(1e-30).rsqrt()) if alone else inverse_factor(h)
-    diagonal = upper.diagonal()
+    alone = h.dim() == 1  # then no column can make good another's error
+    upper = h if alone else inverse_factor(h)
+    diagonal = h.clamp_min(1e-30).rsqrt() if alone else upper.diagonal()
     out = torch.empty_like(w)
     for start in range(0, w.shape[1], block):
         stop = min(start + block, w.shape[1])

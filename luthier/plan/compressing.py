@@ -39,10 +39,10 @@ class CompressSpec(BaseModel):
     calibration: list[SourceSpec] = Field([], description="Text to calibrate on: a file, or 'practice:FAMILY'.")
     tokens: int = Field(8192, ge=16, description="Most tokens of it.")
     length: int = Field(128, ge=8, description="Tokens in a row of it.")
-    tune: bool | None = Field(None, description="Tune every scale on the text; default as the method says.")
+    tune: bool | None = Field(None, description="Tune scales (or all numbers) on the text; default as the method says.")
     steps: int = Field(100, ge=1, description="Steps of that.")
     batch_size: int = Field(4, ge=1, description="Rows in a step.")
-    lr: float = Field(0.01, gt=0, description="Its learning rate, as a share of each scale.")
+    lr: float = Field(0.01, gt=0, description="Its learning rate, as a share of each number's size.")
     probes: bool = Field(True, description="Load the base for probes and logits; off, tensors go through one by one.")
     seed: int = Field(0, ge=0, description="Of draws and orders.")
 
@@ -64,10 +64,10 @@ class CompressSpec(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> CompressSpec:
-        if (self.delta is None) == (self.tuned is None):
+        if self.delta is not None and self.tuned is not None:
             raise ValueError("state either a delta, or a base and a tuned checkpoint")
-        if self.tuned is not None and self.base is None:
-            raise ValueError("a tuned checkpoint needs its base: state base")
+        if self.delta is None and self.base is None:
+            raise ValueError("state a delta, or a base and a tuned checkpoint")
         return self
 
     @property

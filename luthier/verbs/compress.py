@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.algebra.changes import OfDelta, Pair, Tuned
+from luthier.algebra.changes import Itself, OfDelta, Pair, Tuned
 from luthier.algebra.compress import Outcome, totals
 from luthier.algebra.compress import compress as run
 from luthier.bridge.checkpoint import Checkpoint
@@ -84,14 +84,22 @@ def _spec(
         return None, load_compressing({**read_plan(name)[1], **stated}, overrides)
     if tuned is not None:
         return None, load_compressing({"base": name, "tuned": os.fspath(tuned), **stated}, overrides)
-    return None, load_compressing({"delta": name, **stated}, overrides)
+    alone = stated.get("method") in COMPRESSIONS and COMPRESSIONS[stated["method"]].alone
+    return None, load_compressing({"base" if alone else "delta": name, **stated}, overrides)
 
 
 def _checks(method: Compression, spec: CompressSpec) -> None:
     """Settings that cannot go together."""
-    needs = "to tune its scales" if spec.tune else "for its factors" if method.factors() and spec.calibration else ""
+    if method.alone and (spec.delta is not None or spec.tuned is not None):
+        raise LuthierError(
+            f"method '{spec.method}' makes a base smaller and takes no tuned model: state the base alone"
+        )
+    if not method.alone and spec.delta is None and spec.tuned is None:
+        raise LuthierError(
+            f"method '{spec.method}' compresses a change: state a delta, or a tuned checkpoint beside the base"
+        )
     if spec.tune and not spec.calibration:
-        raise LuthierError(f"method '{spec.method}' needs calibration text {needs}: state calibration, or tune: false")
+        raise LuthierError("tuning needs calibration text: state calibration, or leave tune out")
     if spec.calibration and not spec.probes:
         raise LuthierError("calibration runs the model, which probes: false leaves on disk: leave one of them out")
 
@@ -100,10 +108,13 @@ def _sides(
     spec: CompressSpec, own: Delta | None, method: Compression
 ) -> tuple[Checkpoint, Tuned, Delta | None, Target | None]:
     """The base on disk, the tuned side, the delta it comes from, and the base in memory where it is needed."""
-    if spec.tuned is not None:
-        assert spec.base is not None
+    if spec.base is not None and (spec.tuned is not None or method.alone):
         base = Checkpoint(spec.base)
-        change: Tuned = Pair(base, Checkpoint(BaseSpec.model_validate({"name": spec.tuned, "kind": base.kind})))
+        change: Tuned = (
+            Itself(base)
+            if spec.tuned is None
+            else Pair(base, Checkpoint(BaseSpec.model_validate({"name": spec.tuned, "kind": base.kind})))
+        )
         stated = spec.base.model_copy(update={"kind": base.kind})
         return base, change, None, load_base_for(stated, [], {}, None) if spec.probes else None
     adapter = own is None and (Path(spec.delta or "") / "adapter_config.json").exists()
@@ -140,7 +151,7 @@ def _base_of(spec: CompressSpec, own: Delta | None) -> BaseSpec:
 
 def _lineage(spec: CompressSpec, own: Delta | None, outcome: Outcome) -> dict[str, Any]:
     stated = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    lineage: dict[str, Any] = {"made_by": f"compress {spec.method}", "parents": [spec.delta or spec.tuned]}
+    lineage: dict[str, Any] = {"made_by": f"compress {spec.method}", "parents": [spec.delta or spec.tuned or None]}
     lineage["compress"] = stated | {"matrices": [row.to_dict() for row in outcome.roles]}
     if own is not None and own.lineage.get("plan"):
         lineage["plan"] = own.lineage["plan"]

@@ -75,8 +75,9 @@ class Case:
         return handle
 
 
-def shove(handle: Attached, name: str, by: float = 0.05) -> None:
-    """Adds seeded noise to every trained number of a piece."""
+def shove(handle: Attached, name: str, by: float | None = None) -> None:
+    """Adds seeded noise to every trained number of a piece; as much as the form needs, unless stated."""
+    by = handle.pieces[name].form.stride if by is None else by
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for q in handle.placed[name]:
@@ -120,7 +121,7 @@ def steps(model: nn.Module, handle: Attached, count: int = 3, lr: float = 1e-2) 
     optimiser = torch.optim.AdamW(rows, lr=lr)
     for k in range(count):
         optimiser.zero_grad()
-        logits(model, tiny_ids(seed=k)).float().square().mean().backward()
+        (logits(model, tiny_ids(seed=k)).float().square().mean() + handle.penalty()).backward()
         optimiser.step()
         handle.after_step()
 

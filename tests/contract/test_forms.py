@@ -39,6 +39,8 @@ MORE = [
     Case("prompt", "gemma", {"length": 1}),
     Case("sparse", "llama", {"entries": 9, "by": "largest"}),
     Case("signs", "llama", {}, ["embed", "head"]),
+    Case("sparsifier", "llama", {"rank": 5}, ["embed", "attn.o", "ffn.down"]),
+    Case("factored", "llama", {"factor": 1.5, "penalty_weight": 0.0}, ["attn"]),
     Case("ternary", "llama", {"density": 0.3}, ["embed", "head"]),
     Case("two-four", "llama", {"bits": 4, "group": 20}, ["embed", "ffn"]),
     Case("mixed-bits", "llama", {"bits": (4, 2), "directions": (3,), "budget": 3.0}, ["embed", "attn"]),

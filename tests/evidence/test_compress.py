@@ -12,16 +12,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from luthier.algebra.calibrate import loss, read_text
+from luthier.attach import Attached, attached
+from luthier.attach.sites import sites_for
+from luthier.bases.recast import drop_channels, factor, live_channels, shrink
+from luthier.bases.roles import Roles
 from luthier.bridge.target import logits_of
-from luthier.delta import COMPRESSIONS, Change, Site, State
+from luthier.delta import COMPRESSIONS, FORMS, Change, Site, State
 from luthier.delta.artefact import Delta
+from luthier.errors import LuthierError
 from luthier.parts.packing import entropy
 from luthier.plan.schema import SourceSpec
 from luthier.verbs.compress import Compressed, compress
 from luthier.verbs.load import load
+from tests.contract.conformance import quiet
 from tests.laws.test_compress_laws import packed_delta
 from tests.rooms.test_compress import saved, tuned_of
-from tests.tiny import tiny, tiny_tokenizer
+from tests.tiny import tiny, tiny_ids, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def test_p088_bitdelta(place: Path, tmp_path: Path) -> None:
         bits = [t for t in own.values() if t.dtype == torch.uint8]
         rest = [t for t in own.values() if t.dtype != torch.uint8]
         assert [t.numel() for t in bits] == [site.d_out * site.d_in // 8] and [t.numel() for t in rest] == [1]
-    assert found.report["logits"]["tuned_scales"] < found.report["logits"]["compressed"]
+    assert found.report["logits"]["tuned"] < found.report["logits"]["compressed"]
     plain = small(place, tmp_path / "e", "bitdelta", tune=False)
     base, tuned = (load(str(place / n)) for n in ("base", "tuned"))
     for key, numbers in next(p for p in plain.delta.pieces if p.name == "bitdelta").p.items():
@@ -140,3 +146,108 @@ def test_p142_deltazip(place: Path, tmp_path: Path) -> None:
     assert found.report["total"]["file_ratio_16"] < 2, "here embeddings are most of the file"
     near = small(place, tmp_path / "f", "deltazip", bits=6)
     assert near.report["logits"]["compressed"] < found.report["logits"]["compressed"] < found.report["logits"]["base"]
+
+
+def trained(handle: Attached, model: Any, steps: int, lr: float, penalty: bool = True) -> None:
+    """AdamW on next tokens of random text, with the forms' penalties."""
+    rows = [p for table in handle.trained().values() for _, p in table]
+    optimiser = torch.optim.AdamW(rows, lr=lr, weight_decay=0.0)
+    model.train()
+    for k in range(steps):
+        ids = tiny_ids(4, 12, seed=k)
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        (loss + (handle.penalty() if penalty else 0)).backward()
+        optimiser.step()
+        handle.after_step()
+        optimiser.zero_grad()
+    model.eval()
+
+
+def test_p169_gates_reach_their_share_and_closed_ones_can_go() -> None:
+    """Only gates and biases move; the mean probability of an open gate comes to the target in every matrix; without its
+    closed rows and columns the folded model gives the same."""
+    torch.manual_seed(0)
+    model = tiny("llama", attention_bias=True, mlp_bias=True)
+    roles, handle = Roles(model), attached(model)
+    form = FORMS.make("gates", {"target": 0.6})
+    base = quiet(model)
+    handle.add(handle.build("gates", form, sites_for(roles, form)), train=True)
+    assert torch.equal(quiet(model), base)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if ".luthier." not in n}
+    handle.move("bias", {n: None for n in before if n.endswith("bias")})
+    trained(handle, model, 120, 0.05)
+    after = {n: p for n, p in model.named_parameters() if n in before}
+    assert {n for n in before if not torch.equal(before[n], after[n])} <= {n for n in before if n.endswith("bias")}
+    for q in handle.placed["gates"]:
+        for side in ("inputs", "outputs"):
+            assert float(form.open(q.state, side).detach().mean()) == pytest.approx(0.4, abs=0.05)
+    gated = quiet(model)
+    handle.fold()
+    assert torch.allclose(quiet(model), gated, atol=1e-4)
+    closed = sum(int((p == 0).all(1).sum()) for n, p in model.named_parameters() if "proj.weight" in n)
+    assert closed > 0 and shrink(model, roles) < 0.95
+    assert torch.allclose(quiet(model), gated, atol=1e-4)
+
+
+def test_p343_pela(place: Path, tmp_path: Path) -> None:
+    """A factor-th of the numbers by the paper's formula, features nearer to the frozen base's after the stage between,
+    and two thin maps in the place of each matrix give what the delta gives."""
+    found = compress(
+        place / "base", method="pela", out=tmp_path / "d", calibration=str(place / "text.jsonl"), tokens=1024, length=32,
+        steps=40, lr=0.05,
+    )  # fmt: skip
+    piece = next(p for p in found.delta.pieces if p.name == "pela")
+    for key, site in piece.sites.items():
+        r = site.d_in * site.d_out // (2 * (site.d_in + site.d_out))
+        assert piece.p[key]["A"].shape == (r, site.d_in) and piece.p[key]["B"].shape == (site.d_out, r)
+        assert piece.form.count(site) <= site.d_in * site.d_out / 2
+    assert found.report["logits"]["tuned_features"] < 0.9 * found.report["logits"]["features"]
+    model = load(str(place / "base"), [tmp_path / "d"])
+    attachedly, numbers = quiet(model), sum(p.numel() for n, p in model.named_parameters() if ".luthier." not in n)
+    attached(model).detach()
+    assert factor(model, {k: (t["A"], t["B"]) for k, t in piece.p.items()}) < 0.8 * numbers
+    assert torch.allclose(quiet(model), attachedly, atol=1e-4, rtol=1e-3)
+    plain = compress(place / "base", method="pela", out=tmp_path / "e")
+    drift = {}
+    for name, delta in (("plain", plain.delta), ("tuned", found.delta)):
+        own = next(p for p in delta.pieces if p.name == "pela")
+        drift[name] = float(sum((own.p[k]["B"] @ own.p[k]["A"]).norm() for k in own.sites))
+    assert drift["plain"] != drift["tuned"], "the stage between trains the factors"
+
+
+SPARSE = ["embed", "attn.o", "ffn.down"]
+
+
+def test_p114_sparsified_channels_can_go(tmp_path: Path) -> None:
+    """Identity at the start; the same channels closed at every site; folded and physically smaller, an ordinary checkpoint
+    gives the masked model's logits with fewer multiplications."""
+    model = tiny()
+    base = quiet(model)
+    start = attached(model)
+    form = FORMS.make("sparsifier", {"rank": 6})
+    start.add(start.build("hsm", form, sites_for(Roles(model), form, SPARSE)))
+    assert torch.equal(quiet(model), base)
+    start.detach()
+    dropped = [1, 4, 9, 13, 20, 22, 27, 31]
+    form = FORMS.make("sparsifier", {"rank": 6, "dropped": dropped})
+    roles, handle = Roles(model), attached(model)
+    handle.add(handle.build("hsm", form, sites_for(roles, form, SPARSE)), train=True)
+    trained(handle, model, 5, 0.01)
+    masked = quiet(model)
+    whole = sum(p.numel() for n, p in model.named_parameters() if ".luthier." not in n)
+    with pytest.raises(LuthierError, match="still written to"):
+        drop_channels(tiny(), Roles(tiny()), torch.arange(24))
+    handle.fold()
+    kept = live_channels(model, roles)
+    assert kept.tolist() == [c for c in range(32) if c not in dropped]
+    folded = tiny()
+    with torch.no_grad():
+        for name, p in folded.named_parameters():
+            p.copy_(model.get_parameter(name))
+    drop_channels(folded, Roles(folded), kept)
+    assert torch.allclose(quiet(folded), masked, atol=1e-5, rtol=1e-4)
+    assert sum(p.numel() for p in folded.parameters()) == pytest.approx(0.75 * whole, rel=0.01)
+    folded.save_pretrained(tmp_path / "small")
+    again = type(folded).from_pretrained(tmp_path / "small")
+    assert again.config.hidden_size == 24 and torch.allclose(quiet(again), masked, atol=1e-5, rtol=1e-4)
