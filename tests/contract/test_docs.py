@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from luthier.attach.sites import parameter_items
 from luthier.bases.roles import Roles
 from luthier.choices.engine import ChoiceContext
-from luthier.delta import CHOICES, FORMS, Registry
+from luthier.delta import CHOICES, FORMS, MERGES, Registry, Stack
 from luthier.delta.artefact import Delta
 from tests.contract.conformance import CHECKS, Case, default_cases, quiet
 from tests.tiny import tiny
@@ -79,6 +80,15 @@ def test_the_example_choice(tmp_path: Path) -> None:
         rows = table["model.layers.0.mlp.up_proj.weight"].abs().mean(1)
         assert len(chosen) == 14 and index is not None
         assert set((index // 32).tolist()) == set(rows.topk(5).indices.tolist())
+
+
+def test_the_example_merge(tmp_path: Path) -> None:
+    for name in entered(blocks()[2], MERGES, tmp_path):
+        base, a, b = torch.zeros(2, 2), torch.tensor([[1.0, -2], [0, 3]]), torch.tensor([[-4.0, 1], [0, 2]])
+        stack = Stack("w", [a, b], base, {"weight": [1.0, 0.5]})
+        merged = MERGES.make(name, {"strength": 2.0}).merge(stack)
+        assert merged.tolist() == [[-4.0, -4.0], [0.0, 6.0]]
+        assert not base.any() and len(blocks()[2].splitlines()) <= 60
 
 
 def test_the_format_page_names_what_is_written(tmp_path: Path) -> None:
