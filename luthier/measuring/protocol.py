@@ -91,10 +91,11 @@ def spread(baseline: Scores, method: Scores) -> Spread:
 
 
 def paired(baseline: Scores, method: Scores, *, resamples: int = 2000, seed: int = 0, level: float = LEVEL) -> Paired:
-    """The mean difference with an interval by the bootstrap that draws seeds and items, both with replacement (the
-    pigeonhole bootstrap, Owen 2007, whose variance is never too small on average for many of both). Deviations are widened
-    by sqrt(seeds / (seeds - 1)), because few seeds drawn from themselves vary too little (our reading). Pairs stay
-    together. Raises LuthierError for scores that do not pair."""
+    """The mean difference with a bootstrap interval. Seeds and items are both drawn with replacement (the pigeonhole
+    bootstrap, Owen 2007), pairs staying together, which gives the interval its shape; that bootstrap overstates what is
+    left between seeds and items up to three times, and few seeds drawn from themselves vary too little, so the width is
+    that of the two-way analysis of variance with Student's quantile (our reading), the same that ``Plan`` reckons with.
+    Raises LuthierError for scores that do not pair."""
     d = _differences(baseline, method)
     s, n = d.shape
     rng = np.random.default_rng(seed)
@@ -102,10 +103,12 @@ def paired(baseline: Scores, method: Scores, *, resamples: int = 2000, seed: int
     columns = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
     means = ((rows @ d) * columns).sum(1)
     effect = float(d.mean())
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    wide = math.sqrt(s / (s - 1))
-    error = spread(baseline, method).error(s, n)
-    return Paired(effect, error, effect + wide * (low - effect), effect + wide * (high - effect), s, n, level)
+    parts = spread(baseline, method)
+    error, sides = parts.error(s, n), np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - effect
+    drawn = float(means.std())
+    share = (1 + level) / 2
+    widen = error / drawn * quantile_t(share, parts.freedom(s, n)) / _NORMAL.inv_cdf(share) if drawn else 0.0
+    return Paired(effect, error, effect + widen * float(sides[0]), effect + widen * float(sides[1]), s, n, level)
 
 
 def quantile_t(share: float, freedom: float) -> float:

@@ -54,25 +54,29 @@ def drawn(rng, seeds, items, effect, parts):
     return effect + rows + columns + rng.normal(0, parts.rest, (seeds, items))
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says():
-    """200 worlds in which seeds, items and rest all differ; the two-way interval may be wide, it must not be narrow."""
-    rng, parts = np.random.default_rng(0), Spread(0.02, 0.3, 0.3)
+@pytest.mark.parametrize("parts", [Spread(0.1, 0.1, 0.3), Spread(0.0, 0.0, 0.3), Spread(0.02, 0.3, 0.3)])
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(parts):
+    """200 worlds in which mostly seeds, only the rest, mostly items differ: 0.95 is said, 0.91 to 0.98 is had."""
+    rng = np.random.default_rng(0)
     inside = 0
     for i in range(200):
-        found = paired(np.zeros((6, 60)), drawn(rng, 6, 60, 0.1, parts), resamples=400, seed=i)
+        found = paired(np.zeros((5, 60)), drawn(rng, 5, 60, 0.1, parts), resamples=200, seed=i)
         inside += found.low <= 0.1 <= found.high
-    assert 0.92 <= inside / 200 <= 1.0
+    assert 0.88 <= inside / 200 <= 1.0
 
 
-def test_power_said_in_advance_is_the_power_there_is():
-    rng, parts = np.random.default_rng(1), Spread(0.02, 0.25, 0.3)
+@pytest.mark.parametrize("parts", [Spread(0.02, 0.25, 0.3), Spread(0.0, 0.02, 0.8), Spread(0.04, 0.1, 0.4)])
+def test_power_said_in_advance_is_the_power_there_is(parts):
+    rng = np.random.default_rng(1)
     plan = Plan(effect=0.12, seeds=6, items=60, spread=parts)
-    assert 0.7 < plan.power() < 0.99
+    assert 0.5 < plan.power() < 0.99
     hits = 0
     for i in range(150):
-        found = paired(np.zeros((6, 60)), drawn(rng, 6, 60, 0.12, parts), resamples=300, seed=i)
+        found = paired(np.zeros((6, 60)), drawn(rng, 6, 60, 0.12, parts), resamples=200, seed=i)
         hits += judge(plan, found).verdict == "reproduced"
-    assert hits / 150 == pytest.approx(plan.power(), abs=0.12)
+    assert hits / 150 == pytest.approx(
+        plan.power(), abs=0.15
+    )  # where nothing but the rest differs, parts estimated at 0 or above widen it
 
 
 def test_what_is_needed_reaches_its_power_and_one_item_less_does_not():
