@@ -62,11 +62,16 @@ def _run(plan: Any, out: Path, overrides: list[str], sync: bool, quiet: bool) ->
     from luthier.errors import LuthierError
     from luthier.plan.load import read_plan
 
-    if isinstance(plan, Path) and "experts" in (raw := read_plan(plan)[1]):
+    if isinstance(plan, Path) and "experts" in read_plan(plan)[1]:
         from luthier.verbs.moe import moe
 
-        folder = moe(raw, out=out)
-        plain(f"written to {folder}")
+        if overrides:
+            raise LuthierError(f"a plan with experts takes no {overrides[0]}: write it into {plan}")
+        mixture = moe(plan, out=out, sync=sync)
+        for note in mixture.notes:
+            err().print(f"note: {note}", markup=False, highlight=False)
+        plain(f"{mixture.family} of {mixture.experts} experts, {mixture.numbers / 1e6:,.1f} M numbers")
+        plain(f"written to {mixture.out}")
         return
     from luthier.verbs.merge import merge as verb
 
@@ -97,9 +102,8 @@ def _list() -> None:
         least, most = cls.models
         count = f"{least}" if least == most else f"{least}+" if most is None else f"{least}-{most}"
         own = [k if d is None else f"{k}={d:g}" for k, d in cls.each.items()]
-        said = (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
-        rows.append((name, cls.base, count, ", ".join([*own, *_settings(cls)]), cls.paper, said))
-    table(["method", "base", "models", "parameters", "paper", ""], rows)
+        rows.append((name, cls.base, count, ", ".join([*own, *_settings(cls)]), cls.paper))
+    table(["method", "base", "models", "parameters", "paper"], rows)
 
 
 def _settings(cls: Any) -> list[str]:
@@ -108,5 +112,6 @@ def _settings(cls: Any) -> list[str]:
     rows = []
     for f in dataclasses.fields(cls):
         name = f.name.rstrip("_")
-        rows.append(name if f.default is dataclasses.MISSING else f"{name}={f.default}")
+        given = f.default if f.default is not dataclasses.MISSING else None
+        rows.append(name if given is None else f"{name}={given}")
     return rows
