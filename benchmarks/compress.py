@@ -6,8 +6,9 @@
     python benchmarks/compress.py products --out /tmp/products.json
 
 `shape` compresses one random matrix of each shape for real and counts bytes for all of that shape: sizes follow from
-shapes alone, but for Golomb codes, whose length varies by less than 0.1 % between draws. `delta` also audits what each
-method gives, by the audit section of the delta's own plan. One thread unless OMP_NUM_THREADS says otherwise.
+shapes alone, but for Golomb codes, whose length varies by less than 0.1 % between draws (Delta-CoMe's are counted from
+the form alone: a full decomposition of each shape takes minutes). With --audit,
+`delta` also measures what each method gives, by the audit section of the delta's own plan. One thread unless OMP_NUM_THREADS says otherwise.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ SHAPES = {
 """hidden, ffn, layers, width of keys and values, vocabulary; head apart from the embedding, as in Llama 2."""
 
 
-def shape(name: str) -> list[dict[str, Any]]:
+def shape(name: str) -> Iterator[dict[str, Any]]:
     """Bytes of the delta file of every method for a model of this shape."""
     hidden, ffn, layers, kv, vocabulary = SHAPES[name]
     matrices = {
@@ -68,13 +69,12 @@ def shape(name: str) -> list[dict[str, Any]]:
     exact |= {"model.norm.weight": (hidden,)}
     inside = sum(o * i for _, o, i in matrices.values()) * layers
     parameters = inside + sum(_size(s) for s in exact.values())
-    rows = []
     for label, method, settings, paper in ROWS:
         began, header, packed = time.perf_counter(), {}, 0
         made: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         for _, o, i in matrices.values():
             if (o, i) not in made:
-                made[(o, i)] = _stored(method, settings, o, i)
+                made[(o, i)] = _built(settings, o, i) if method == "delta-come" else _stored(method, settings, o, i)
         for n in range(layers):
             for place, (_, o, i) in matrices.items():
                 for key, t in made[(o, i)].items():
@@ -86,16 +86,14 @@ def shape(name: str) -> list[dict[str, Any]]:
             at += 2 * _size(size)
         text = len(json.dumps(header | {"__metadata__": {"format": "luthier"}}, separators=(",", ":")))
         file = at + 8 + -(-text // 8) * 8
-        rows.append(
-            {
-                "label": label, "settings": settings, "paper": paper, "parameters": parameters,
-                "matrices_bits": 8 * packed / inside, "matrices_ratio": 16 * inside / (8 * packed),
-                "file_bytes": file, "file_bits": 8 * file / parameters, "file_ratio_16": 2 * parameters / file,
-                "ran": [list(k) for k in made], "seconds": time.perf_counter() - began,
-            }
-        )  # fmt: skip
-        _say(f"{label}: {rows[-1]['matrices_bits']:.3f} bits, file {rows[-1]['file_ratio_16']:.2f}x")
-    return rows
+        row = {
+            "label": label, "settings": settings, "paper": paper, "parameters": parameters,
+            "matrices_bits": 8 * packed / inside, "matrices_ratio": 16 * inside / (8 * packed),
+            "file_bytes": file, "file_bits": 8 * file / parameters, "file_ratio_16": 2 * parameters / file,
+            "ran": [] if method == "delta-come" else [list(k) for k in made], "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        _say(f"{label}: {row['matrices_bits']:.3f} bits, file {row['file_ratio_16']:.2f}x")
+        yield row
 
 
 def _stored(method: str, settings: dict[str, Any], d_out: int, d_in: int) -> dict[str, torch.Tensor]:
@@ -106,6 +104,13 @@ def _stored(method: str, settings: dict[str, Any], d_out: int, d_in: int) -> dic
     site = Site("w", "ffn.up", 0, "linear", d_in, d_out)
     small = COMPRESSIONS.make(method, settings).compress(Change(site, base, change, None, g))
     p, fixed = small.form.stored(site, small.p, small.fixed)
+    return {f"p/{k}": v for k, v in p.items()} | {f"fixed/{k}": v for k, v in fixed.items()}
+
+
+def _built(settings: dict[str, Any], d_out: int, d_in: int) -> dict[str, torch.Tensor]:
+    """The same for mixed bits, whose sizes follow from the shape, without the decomposition of a large matrix."""
+    site = Site("w", "ffn.up", 0, "linear", d_in, d_out)
+    p, fixed = FORMS.make("mixed-bits", settings).build(site, torch.Generator().manual_seed(0))
     return {f"p/{k}": v for k, v in p.items()} | {f"fixed/{k}": v for k, v in fixed.items()}
 
 
@@ -123,12 +128,11 @@ def _size(size: Any) -> int:
     return n
 
 
-def of_delta(source: list[str], text: str, more: list[str], audits: bool) -> list[dict[str, Any]]:
+def of_delta(source: list[str], text: str, more: list[str], audits: list[str] | None) -> Iterator[dict[str, Any]]:
     """Every method on one delta or pair: sizes, errors, logits and the audit."""
     from luthier.verbs.audit import audit
     from luthier.verbs.compress import compress
 
-    rows = []
     for label, method, settings, paper in ROWS:
         with tempfile.TemporaryDirectory() as place:
             began = time.perf_counter()
@@ -136,18 +140,17 @@ def of_delta(source: list[str], text: str, more: list[str], audits: bool) -> lis
             found = compress(*source, method=method, overrides=overrides, calibration=text, out=Path(place) / "d")
             row = {"label": label, "settings": settings, "paper": paper, "seconds": time.perf_counter() - began}
             row |= {k: found.report[k] for k in ("total", "logits", "roles", "tries", "parameters")}
-            if audits:
-                measured = audit(Path(place) / "d", out=Path(place) / "a").report["audit"]
+            if audits is not None:
+                measured = audit(Path(place) / "d", overrides=audits, out=Path(place) / "a").report["audit"]
                 row["audit"] = {
                     "checks": [{k: c.get(k) for k in ("name", "group", "before", "after")} for c in _checks(measured)],
                     "verdict": measured["verdict"]["line"],
                 }
-            rows.append(row)
             total = row["total"]
             _say(f"{label}: {total['matrices_bits']:.3f} bits, file {total['file_bits']:.2f}, logits {row['logits']}")
-            if audits:
+            if audits is not None:
                 _say(f"    {row['audit']['verdict']}")
-    return rows
+            yield row
 
 
 def _checks(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,7 +174,8 @@ def pair(place: Path) -> list[str]:
         num_attention_heads=12,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     words = load_tokenizer(locate(BaseSpec.model_validate({"name": "practice"})), False)
     for name in ("base", "tuned"):
         if name == "tuned":
@@ -187,9 +191,8 @@ def pair(place: Path) -> list[str]:
     return [str(place / "base"), str(place / "tuned")]
 
 
-def products() -> list[dict[str, Any]]:
+def products() -> Iterator[dict[str, Any]]:
     """Milliseconds of x Mᵀ: dense float32 and bfloat16, and each packed form; best of 7."""
-    rows = []
     for size in (1024, 4096):
         site = Site("w", "ffn.up", 0, "linear", size, size)
         g = torch.Generator().manual_seed(0)
@@ -203,9 +206,8 @@ def products() -> list[dict[str, Any]]:
                 x = torch.randn(n, size, generator=g)
                 row = {"form": name, "size": size, "positions": n, "memory_bits": 8 * taken / size**2}
                 row |= {"ms": _best(form.change, x, x, state), "dense_ms": _best(torch.matmul, x, dense.t())}
-                rows.append(row)
-                _say(str(rows[-1]))
-    return rows
+                _say(str(row))
+                yield row
 
 
 @torch.no_grad()
@@ -230,26 +232,30 @@ def main() -> None:
     parser.add_argument("--calibration", default="practice:translate")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], help="settings of the plan for every method, as tokens=1024")
-    parser.add_argument("--no-audit", action="store_true")
+    parser.add_argument("--audit", nargs="*", help="audit each delta; overrides of its plan, as audit.items=30")
     args = parser.parse_args()
-    if args.what == "shape":
-        rows = shape(args.of)
-    elif args.what == "products":
-        rows = products()
-    elif args.what == "delta":
-        rows = of_delta([args.of], args.calibration, args.set, not args.no_audit)
-    else:
-        place = Path(tempfile.mkdtemp(prefix="pair-"))
-        try:
-            rows = of_delta(pair(place), args.calibration, args.set, False)
-        finally:
-            shutil.rmtree(place)
+    with tempfile.TemporaryDirectory(prefix="pair-") as place:
+        if args.what == "shape":
+            rows = shape(args.of)
+        elif args.what == "products":
+            rows = products()
+        elif args.what == "delta":
+            rows = of_delta([args.of], args.calibration, args.set, args.audit)
+        else:
+            rows = of_delta(pair(Path(place)), args.calibration, args.set, None)
+        done: list[dict[str, Any]] = []
+        for row in rows:  # what is done is written, should the rest be cut short
+            done.append(row)
+            _write(args.out, done)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     told = {
         "command": " ".join(["python", "benchmarks/compress.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "rows": rows,
     }  # fmt: skip
-    args.out.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
