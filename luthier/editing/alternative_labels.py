@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.delta import EDITS, Small
-from luthier.editing.engine import Edit, Request, Subject, key, moving, shuffled, step_on, target_nll
+from luthier.editing.engine import Edit, Request, Subject, key, moving, shuffled, step_on, target_kl, target_nll
 
 
 def generic_logits(base: Tensor, reinforced: Tensor, alpha: float) -> Tensor:
@@ -36,8 +36,10 @@ class AlternativeLabels(Edit):
     reinforce_steps: int = 40
     reinforce_lr: float = 1e-3
     steps: int = 40
-    lr: float = 1e-3
+    lr: float = 5e-4
     batch_size: int = 8
+    keep: float = 1.0
+    """Weight of KL(base ‖ tuned) on general text beside the labels (ours; 0 is the published form)."""
     labels: Literal["hard", "soft"] = "hard"
     roles: tuple[str, ...] = ("linear",)
     """What is tuned, both times."""
@@ -61,13 +63,20 @@ class AlternativeLabels(Edit):
         wanted = [self.labelled(s, q, reinforced) for q in requests]
         optimiser = torch.optim.Adam(list(w.values()), lr=self.lr)
         order = shuffled(len(texts), self.batch_size, s.generator("forget"))
+        general = s.passages(4000) if self.keep else []
+        passages = shuffled(len(general), 4, s.generator("general")) if general else iter([])
         for _ in range(self.steps):
-            at = next(order)
+            at, kept = next(order), [general[n] for n in next(passages, [])]
             logits, losses = s.run([texts[n] for n in at], w).logits, []
             for row, n in enumerate(at):
                 places, labels = wanted[n]
                 losses.append(F.cross_entropy(logits[row, places], labels))
-            step_on(optimiser, torch.stack(losses).mean())
+            loss = torch.stack(losses).mean()
+            if kept:
+                with torch.no_grad():
+                    before = s.run(kept).logits
+                loss = loss + self.keep * target_kl(s.run(kept, w).logits, before, kept).mean()
+            step_on(optimiser, loss)
         return {key(site): w[key(site)].detach() for site in sites}
 
     @torch.no_grad()

@@ -333,6 +333,52 @@ def fact_value(s: Subject, module: str, request: Request, weights: Weights, how:
     return (u * unit).detach()
 
 
+@dataclass(frozen=True)
+class Settle:
+    """How values settle once they are written: ours, for models in which the closed form alone does not suffice."""
+
+    steps: int = 30
+    lr: float = 0.05
+    """In units of a value's root mean square."""
+    kl: float = 1.0
+    """Weight of KL(before ‖ now) on general text."""
+    enough: float = 0.02
+
+
+def settled(
+    s: Subject, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]], requests: Sequence[Request], how: Settle
+) -> dict[str, Tensor]:
+    """Parameter -> b after descent of all values together through W + b a, with a as it is. pairs: parameter -> (W, b, a).
+
+    Minimised: mean −log p(target) over requests and their openings + kl · KL on general text, until each batch is below
+    `enough`. With no steps, b as it was.
+    """
+    unit = {name: b.norm(dim=0).mean() / b.shape[0] ** 0.5 for name, (_, b, _) in pairs.items()}
+    u = {name: torch.zeros_like(b).requires_grad_(True) for name, (_, b, _) in pairs.items()}
+    order = shuffled(len(requests), 8, s.generator("settle"))
+    general = s.passages(1000) if how.steps and how.kl else []
+    passages = shuffled(len(general), 4, s.generator("settle", "general")) if general else None
+
+    def now() -> dict[str, Tensor]:
+        return {name: w + (b + u[name] * unit[name]) @ a for name, (w, b, a) in pairs.items()}
+
+    def loss(step: int) -> Tensor:
+        part = [requests[n] for n in next(order)]
+        texts, rest = (
+            [t for q in part for t in (q.new, *q.prefixed)],
+            [general[n] for n in next(passages or iter([[]]))],
+        )
+        asked = target_nll(s.run(texts, now()).logits, texts).mean()
+        if not rest:
+            return asked
+        with torch.no_grad():
+            before = s.run(rest).logits
+        return asked + how.kl * target_kl(s.run(rest, now()).logits, before, rest).mean()
+
+    descend(list(u.values()), loss, steps=how.steps, lr=how.lr, enough=how.enough)
+    return {name: (b + u[name] * unit[name]).detach() for name, (_, b, _) in pairs.items()}
+
+
 def damped(moment: Tensor, share: float) -> Tensor:
     """moment + share · (its mean diagonal) · I: invertible also where few texts were seen."""
     return moment + share * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)

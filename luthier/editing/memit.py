@@ -14,6 +14,7 @@ from luthier.editing.engine import (
     Edit,
     Reach,
     Request,
+    Settle,
     Subject,
     at_subject,
     damped,
@@ -23,6 +24,7 @@ from luthier.editing.engine import (
     layer_at,
     lowrank,
     one_site,
+    settled,
 )
 
 
@@ -46,7 +48,7 @@ class MEMIT(Edit):
     """
 
     layers: tuple[int, ...] | None = None
-    """Which, in any order; default three up to 0.6 of the depth, or as many as there are."""
+    """Which, in any order; default the five up to 0.26 of the depth, or as many as there are."""
     role: str = "ffn.down"
     weight: float = 0.1
     """λ: how many keys' worth the general text counts."""
@@ -54,9 +56,11 @@ class MEMIT(Edit):
     lr: float = 0.5
     kl: float = 0.0625
     decay: float = 0.01
-    clamp: float = 2.0
+    clamp: float = 4.0
     """Largest ‖δ‖ / ‖h‖, h the hidden state."""
-    ridge: float = 1.0
+    ridge: float = 0.1
+    settle: int = 30
+    """Steps for all values together at the end (ours; 0 leaves the published form)."""
 
     openings: ClassVar[int] = 3
     subjects: ClassVar[bool] = True
@@ -66,24 +70,25 @@ class MEMIT(Edit):
             raise ValueError(f"weight must be positive, got {self.weight}")
 
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
-        last = layer_at(None, s, 0.6)
-        layers = sorted({layer_at(n, s, 0) for n in self.layers or range(max(0, last - 2), last + 1)})
+        last = layer_at(None, s, 0.26)
+        layers = sorted({layer_at(n, s, 0) for n in self.layers or range(max(0, last - 4), last + 1)})
         how, top = Reach(self.steps, self.lr, self.kl, self.decay, self.clamp), s.layer(layers[-1])
         wanted = []
         for request in requests:
             delta = fact_value(s, top, request, {}, how)
             wanted.append(self.hidden(s, top, request, {}) + delta)
         now: dict[str, Tensor] = {}
-        out: dict[str, Tensor | Small] = {}
+        pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for n, number in enumerate(layers):
             site = one_site(s, self.role, number)
             keys = torch.stack([fact_key(s, site.name, [q.new, *q.prefixed], now) for q in requests])
             missing = [z - self.hidden(s, top, q, now) for z, q in zip(wanted, requests, strict=True)]
             share = torch.stack(missing) / (len(layers) - n)
             b, a = spread(keys, share, damped(s.moment(site), self.ridge), self.weight)
+            pairs[key(site)] = (s.weight(site), b, a)
             now[key(site)] = s.weight(site) + b @ a
-            out[key(site)] = lowrank(b, a)
-        return out
+        values = settled(s, pairs, requests, Settle(self.settle))
+        return {name: lowrank(values[name], a) for name, (_, _, a) in pairs.items()}
 
     @torch.no_grad()
     def hidden(self, s: Subject, module: str, request: Request, weights: dict[str, Tensor]) -> Tensor:

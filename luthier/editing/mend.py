@@ -23,11 +23,11 @@ Places = Sequence[tuple[Site, str, int]]
 @dataclass(frozen=True)
 class MEND(Edit):
     """The gradient of a linear map's weight is Σ d uᵀ over tokens. For every shape of weight a network turns (u, d) into
-    (u', d'), and ΔW = −rate · Σ d' u'ᵀ. It is learnt on other records: −edit · log p(target | paraphrase, edited)
-    + KL(base ‖ edited) on neighbours, back through the edit into the network alone. `train_records` of the plan are
+    (u', d'), and ΔW = −rate · Σ d' u'ᵀ. It is learnt on other records: −weight · log p(target | paraphrase, edited)
+    + KL(base ‖ edited) on neighbours and general text, back through the edit into the network alone. `train_records` of the plan are
     these, or `editor` a delta folder that holds a learnt one. Many requests are one edit: their gradients add.
 
-    Without paraphrases the request itself stands for them, without neighbours general text. Source: Mitchell et al. 2022 (P057).
+    Without paraphrases the request itself stands for them; the general text is ours. Source: Mitchell et al. 2022 (P057).
     """
 
     roles: tuple[str, ...] = ("ffn.up", "ffn.down")
@@ -112,7 +112,7 @@ class MEND(Edit):
             for n in next(order):
                 q, change = requests[n], self.factors(nets, places, raw[n])
                 edited = {name: w + change[name][0] @ change[name][1] for name, w in weights.items()}
-                asked, apart = list(q.paraphrases or [q.new]), list(q.neighbours or [general[step % len(general)]])
+                asked, apart = list(q.paraphrases or [q.new]), [*q.neighbours, general[step % len(general)]]
                 with torch.no_grad():
                     before = s.run(apart).logits
                 now = s.run([*asked, *apart], edited).logits

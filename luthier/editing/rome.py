@@ -14,6 +14,7 @@ from luthier.editing.engine import (
     Edit,
     Reach,
     Request,
+    Settle,
     Subject,
     damped,
     fact_key,
@@ -22,7 +23,7 @@ from luthier.editing.engine import (
     layer_at,
     lowrank,
     one_site,
-    share_right,
+    settled,
 )
 
 
@@ -38,10 +39,9 @@ class ROME(Edit):
     """k: input of one layer's down projection at the subject's last token, mean over openings. v = W k + δ, δ found by
     descent (`Reach`). Then ΔW = (v − W k)(C⁻¹k)ᵀ / (kᵀC⁻¹k) with C the second moment of that input over general text.
 
-    Several requests are inserted one after the other: a change of rank n; those whose target is then not the likeliest
-    are inserted again, up to `rounds` times, at the same key (ours; 1 is the published form). Differs from the paper: v is
-    taken at the mean key, so that the residual is δ itself and W'k = v exactly; the layer is a share of the depth, not a
-    causal trace; δ is bound less (there decay 0.5, clamp 4), since small models need more.
+    Several requests are inserted one after the other: a change of rank n. Then all values settle together (`Settle`,
+    ours; settle: 0 leaves the published form). Differs from the paper: v is taken at the mean key, so that the residual is
+    δ itself and W'k = v exactly; the layer is a share of the depth, not a causal trace; decay is 0.5 there.
     Source: Meng et al. 2022, Locating and Editing Factual Associations in GPT.
     """
 
@@ -56,11 +56,12 @@ class ROME(Edit):
     """Weight of the essence."""
     decay: float = 0.01
     """Weight of ‖δ‖² / ‖y‖²."""
-    clamp: float = 6.0
+    clamp: float = 4.0
     """Largest ‖δ‖ / ‖y‖."""
-    ridge: float = 1.0
+    ridge: float = 0.1
     """Share of C's mean diagonal added to it: directions in which C was seen little are noise."""
-    rounds: int = 3
+    settle: int = 30
+    """Steps for all values together."""
 
     openings: ClassVar[int] = 3
     subjects: ClassVar[bool] = True
@@ -70,12 +71,9 @@ class ROME(Edit):
         moment, w = damped(s.moment(site), self.ridge), s.weight(site)
         how = Reach(self.steps, self.lr, self.kl, self.decay, self.clamp)
         # A matrix does not feed into its own input: keys stay what they are while it changes.
-        keys = [fact_key(s, site.name, [q.new, *q.prefixed], {}) for q in requests]
-        a = torch.stack([insert(k, moment) for k in keys])
+        a = torch.stack([insert(fact_key(s, site.name, [q.new, *q.prefixed], {}), moment) for q in requests])
         b = w.new_zeros(w.shape[0], len(requests))
-        for turn in range(self.rounds):
-            for n, request in enumerate(requests):
-                now = {key(site): w + b @ a}
-                if turn == 0 or not share_right(s, [request.new], now):
-                    b[:, n] += fact_value(s, site.name, request, now, how)
+        for n, request in enumerate(requests):
+            b[:, n] = fact_value(s, site.name, request, {key(site): w + b @ a}, how)
+        b = settled(s, {key(site): (w, b, a)}, requests, Settle(self.settle))[key(site)]
         return {key(site): lowrank(b, a)}

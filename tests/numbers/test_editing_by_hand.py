@@ -11,7 +11,7 @@ from torch import Tensor
 from luthier.algebra.scorecard import flow
 from luthier.delta import EDITS, FORMS, Site, Small, State
 from luthier.editing.alternative_labels import generic_logits
-from luthier.editing.engine import Text, fact_key, key, layer_at, one_site, target_kl, target_nll
+from luthier.editing.engine import Settle, Text, fact_key, key, layer_at, one_site, settled, target_kl, target_nll
 from luthier.editing.memit import spread
 from luthier.editing.mend import gradients
 from luthier.editing.rome import insert
@@ -48,7 +48,7 @@ def test_rome_on_a_model_is_rank_one_and_meets_its_value(family: str) -> None:
         (q, *_) = requests(1)
         site = one_site(s, "ffn.down", 0)
         w, k = s.weight(site), fact_key(s, site.name, [q.new, *q.prefixed], {})
-        change = EDITS.make("rome", {"layer": 0, "rounds": 1}).edit(s, [q])[key(site)]
+        change = EDITS.make("rome", {"layer": 0, "settle": 0}).edit(s, [q])[key(site)]
         assert isinstance(change, Small) and change.p["B"].shape[1] == 1
         # The key is then mapped to W k + δ, where δ is what was written: a · k is 1.
         assert float(change.p["A"][0] @ k) == pytest.approx(1.0, abs=1e-5)
@@ -57,6 +57,21 @@ def test_rome_on_a_model_is_rank_one_and_meets_its_value(family: str) -> None:
         before = float(target_nll(s.run([q.new]).logits, [q.new]))
         now = {key(site): w + change.p["B"] @ change.p["A"]}
         assert float(target_nll(s.run([q.new], now).logits, [q.new])) < before
+
+
+def test_values_settle_behind_their_keys() -> None:
+    """a stays, b descends: the targets get likelier, and with no steps nothing moves."""
+    s = subject("llama")
+    with s.working():
+        site, asked = one_site(s, "ffn.down", 0), requests(2)
+        w = s.weight(site)
+        pairs = {key(site): (w, 0.01 * torch.randn(w.shape[0], 2), 0.1 * torch.randn(2, w.shape[1]))}
+        still = settled(s, pairs, asked, Settle(0))[key(site)]
+        assert torch.equal(still, pairs[key(site)][1])
+        moved = settled(s, pairs, asked, Settle(20, 1.0))[key(site)]
+        texts, a = [q.new for q in asked], pairs[key(site)][2]
+        before, after = (target_nll(s.run(texts, {key(site): w + b @ a}).logits, texts).mean() for b in (still, moved))
+        assert after < before
 
 
 def test_memit_solves_its_normal_equations() -> None:
