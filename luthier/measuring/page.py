@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from luthier.measuring import plots, words
@@ -94,13 +94,16 @@ def _drift(drift: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return []
     kl, same = drift["kl"], drift["agreement"]
     return [
-        ("KL(base ‖ tuned) per token", f"{kl['value']:.3g} [{kl['low']:.3g}, {kl['high']:.3g}] nats"),
-        (
-            "same most likely token",
-            f"{words.percent(same['value'], 1)} [{100 * same['low']:.1f}, {100 * same['high']:.1f}]",
-        ),
+        ("KL(base ‖ tuned) per token", f"{kl['value']:.3g}{_between(kl, lambda x: f'{x:.3g}')} nats"),
+        ("same most likely token", words.percent(same["value"], 1) + _between(same, lambda x: f"{100 * x:.1f}")),
         ("measured on", f"{words.quantity(drift['tokens'])} tokens in {drift['sequences']} texts of {drift['source']}"),
     ]
+
+
+def _between(interval: Mapping[str, Any], said: Callable[[float], str]) -> str:
+    """' [low, high]', or nothing where one text gave no interval."""
+    low, high = interval.get("low"), interval.get("high")
+    return "" if low is None or high is None else f" [{said(low)}, {said(high)}]"
 
 
 def _series(rows: list[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -274,3 +274,10 @@ def test_values_read_as_their_key_suggests(value, key, told):
 
 if __name__ == "__main__":
     sys.stdout.write(f"{write_report(Path(sys.argv[1]), example())[1]}\n")
+
+
+def test_a_drift_on_one_text_has_no_interval() -> None:
+    data = example()
+    for part in ("kl", "agreement"):
+        data["audit"]["drift"][part] |= {"low": None, "high": None}
+    assert "0.183 nats" in " ".join(read(render(data)).words)
