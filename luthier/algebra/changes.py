@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -65,7 +64,7 @@ class Itself:
 class OfDelta:
     """A base with a delta on it; every form that has a weight change."""
 
-    def __init__(self, base: Checkpoint, delta: Delta, aliases: Callable[[str], list[str]]) -> None:
+    def __init__(self, base: Checkpoint, delta: Delta) -> None:
         self.base, self.delta = base, delta
         self._at: dict[str, list[tuple[Piece, str, Site]]] = {}
         for piece in delta.pieces:
@@ -73,7 +72,7 @@ class OfDelta:
                 raise LuthierError(f"piece '{piece.name}' has no weight change to compress: {piece.form.dense.reason}")
             for key, site in piece.sites.items():
                 own = key if piece.form.at == "base" else f"{site.name}.{site.parameter}"
-                tied = aliases(own)
+                tied = base.aliases(own)
                 if tied and piece.form.at != "base":
                     raise LuthierError(
                         f"piece '{piece.name}' changes one use of the tied {own}: 'luthier export' it to a checkpoint and "

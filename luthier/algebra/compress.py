@@ -171,7 +171,7 @@ class Work:
         return list(out.values())
 
     def _tied(self, name: str, done: set[str]) -> bool:
-        return any(n in done for n in self.base._aliases.get(name, ()))
+        return any(n in done for n in self.base.aliases(name))
 
     # -- on a model
 

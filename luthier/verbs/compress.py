@@ -134,7 +134,7 @@ def _sides(
     if own.base.get("new_tokens"):
         raise LuthierError(f"{spec.delta} brings new tokens: 'luthier export' it to a checkpoint and compress that")
     base = Checkpoint(stated)
-    return base, OfDelta(base, own, lambda name: base._aliases.get(name, [])), own, on if spec.probes else None
+    return base, OfDelta(base, own), own, on if spec.probes else None
 
 
 def _base_of(spec: CompressSpec, own: Delta | None) -> BaseSpec:
