@@ -97,9 +97,10 @@ class TaskVectors(Merge):
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None
         base, models = t.base.reshape(-1), [x.reshape(-1) for x in t.tensors]
-        dtype, n, span = base.dtype, base.numel(), self.span(t)
+        dtype, n = base.dtype, base.numel()
         if not n:
             return t.base.clone()
+        span = self.span(t)
         chunks = [_difference(x, base) for x in models]
         thins = [self.thin(t, i, chunk) for i, chunk in enumerate(chunks)]
         scales = [

@@ -76,9 +76,10 @@ class MultiSLERP(Merge):
             square = sum(float(tangent(a, b)[1].to(kind).square().sum()) for a, b in spans(n))
             angle = torch.tensor(square, dtype=torch.float64).sqrt().to(dtype) + self.eps
             size = (norms * weights).sum()
+            away = angle.sin() / angle if angle > 0 else 1.0  # eps may be nothing in float16
             for a, b in spans(n):
                 mean, aside = tangent(a, b)
-                out[a:b] = (mean * angle.cos() + aside * (angle.sin() / angle)) * size
+                out[a:b] = (mean * angle.cos() + aside * away) * size
         if origin is not None:
             out += origin
         return out.view(t.tensors[0].shape)
