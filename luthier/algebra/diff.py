@@ -299,7 +299,7 @@ def _lora_sites(base: Checkpoint, how: Extraction | None) -> dict[str, tuple[str
             )
     else:
         parts = [p for p in base.roles.parts if p.kind in LoRA.kinds and p.role.split(".")[0] not in APART]
-        parts = [p for p in parts if not p.transposed]
+        parts = [p for p in parts if not (p.kind == "fused-experts" and p.transposed)]
     found = {}
     for part in parts:
         site = site_of(base.roles, part)
