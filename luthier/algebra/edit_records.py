@@ -194,13 +194,13 @@ class Writer:
         return Text((*head, *ids), len(head), None)
 
     def begins(self, prompt: str, target: str) -> list[int]:
-        """Where in the target each of its tokens begins, its leading spaces left out; −1 for a start token."""
+        """Where in the target each of its tokens begins, its leading spaces left out; −9 for a start token."""
         answer = self._parts(prompt, target)[1] if prompt else target
         add = not self.chat and not prompt
         found = self.words(answer, add_special_tokens=add, return_offsets_mapping=True, verbose=False)
         lead = answer.find(target.strip()) - target.find(target.strip())
         spans = found["offset_mapping"][: len(self._start(found["input_ids"]))]
-        return [a + len(answer[a:b]) - len(answer[a:b].lstrip()) - lead if b > a else -1 for a, b in spans]
+        return [_first(answer, a, b) - lead if b > a else -9 for a, b in spans]
 
     def _parts(self, prompt: str, target: str) -> tuple[str, str, tuple[int, ...]]:
         """What asks, the target as it follows, and the ids that close it."""
@@ -292,11 +292,19 @@ def _aligned(r: Record, w: Writer, new: Text, anchors: Mapping[str, str]) -> tup
     ours, theirs = w.begins(r.prompt, r.target), w.begins(prompt, target)
     at = {char: other.end - len(theirs) + n for n, char in enumerate(theirs)}
     aligned = [-1] * len(new.ids)
+    table = {-1: -1, -9: -9, **table}  # the space before the target, and a start token
     for n, char in enumerate(ours):
-        aligned[new.end - len(ours) + n] = at.get(table.get(char, -1), -1)
+        if char in table:
+            aligned[new.end - len(ours) + n] = at.get(table[char], -1)
     for n in range(min(len(new.ids) - new.end, len(other.ids) - other.end)):
         aligned[new.end + n] = other.end + n
     return other, tuple(aligned)
+
+
+def _first(text: str, a: int, b: int) -> int:
+    """Where text[a:b] begins but for leading spaces; a where it is all space."""
+    inside = text[a:b].lstrip()
+    return b - len(inside) if inside else a
 
 
 def _replaced(text: str, anchors: Mapping[str, str], seen: set[str]) -> tuple[str, dict[int, int]]:
