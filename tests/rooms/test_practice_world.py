@@ -86,7 +86,7 @@ def test_start_goes_on_where_another_call_ended(family, split):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_meaning_and_no_prompt_in_two_splits(family):
     keys: dict[str, set[str]] = {}
-    many = 500 if family in COSTLY else 3000
+    many = 250 if family in COSTLY else 1500
     for split, n in (("train", many), ("test", 150), ("shifted", 150)):
         make = world.family_named(family).make
         draw = Draw(f"leak/{family}/{split}")
@@ -191,8 +191,8 @@ def _kind(record):
 LOOSE = ("arithmetic", "facts", "newcomers", "tracking", "recall", "reading", "classify", "ledgers")
 LOOSE += ("derivations", "countdown", "queries")
 """Families whose verifiers look for the value, or what a query gives, and leave the rest free; tested by themselves."""
-COSTLY = ("countdown", "errands", "tagging")
-"""Families whose records are searched or acted out before they are told."""
+COSTLY = ("countdown", "errands", "tagging", "ledgers", "repairs")
+"""Families whose records are searched for, acted out or long."""
 
 
 @settings(max_examples=150, deadline=None)
@@ -264,11 +264,12 @@ def _asked(record):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_difficulty_is_graded(family):
     """Each level is its own stream, and the levels differ."""
-    texts = [[r["messages"][-2]["content"] for r in world.records(family, n=300, difficulty=d)] for d in (1, 2, 3)]
+    n = 60 if family in COSTLY else 300
+    texts = [[r["messages"][-2]["content"] for r in world.records(family, n=n, difficulty=d)] for d in (1, 2, 3)]
     assert texts[0] != texts[1] != texts[2]
     if family not in ("facts", "newcomers", "stories", "recall", "canaries", "classify"):  # by size everywhere else
         sizes = [
-            sum(len(m["content"]) for r in world.records(family, n=300, difficulty=d) for m in r["messages"])
+            sum(len(m["content"]) for r in world.records(family, n=n, difficulty=d) for m in r["messages"])
             for d in (1, 3)
         ]
         assert sizes[0] < sizes[1]

@@ -85,7 +85,7 @@ def kept(prompt: str, response: str) -> dict[str, bool]:
     """Condition -> whether the response keeps it, for every condition that the prompt sets."""
     want, text = read(prompt), squeeze(response)
     ended = text.endswith(want.end)
-    body = text[: len(text) - len(want.end)].strip() if want.end and ended else text
+    body = text[: len(text) - len(want.end)].strip() if want.end and ended else text.removesuffix(".")
     between = JOINED.get(want.joined, ", ").strip()
     split = rf"\s{between}\s" if between.isalpha() else rf"\s*{re.escape(between)}\s*"
     parts = re.split(split, body, flags=re.IGNORECASE if want.capital else 0)
