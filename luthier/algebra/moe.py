@@ -205,6 +205,8 @@ def _config(plan: MoePlan, family: Family, base: Source) -> Any:
         } | stated
     told = family.settings(len(plan.experts), plan.experts_per_token, stated["intermediate_size"])
     config = getattr(transformers, family.config)(**stated | told)
+    for key, value in told.items():  # some are put aside by the class
+        setattr(config, key, value)
     config.architectures = [family.model]
     return config
 
