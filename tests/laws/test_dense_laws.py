@@ -60,7 +60,7 @@ def tuned(delta: Delta, family: str) -> Any:
     return quiet(model)
 
 
-@given(st.sampled_from(FOLDING), st.integers(0, 2), st.sampled_from(["gpt2", "qwen2"]))
+@given(st.sampled_from(FOLDING), st.integers(0, 2), st.sampled_from(["gpt2", "phi"]))
 @QUICK
 def test_dense_is_the_same_model(place: Path, name: str, seed: int, family: str) -> None:
     delta = delta_of(name, seed, family)
@@ -113,3 +113,8 @@ def test_diff_then_apply_is_the_tuned_model(
 def test_what_is_no_change_of_weights(place: Path) -> None:
     with pytest.raises(LuthierError, match="has no weight change"):
         to_dense(delta_of("prefix", 0), saved(place, "llama"))
+
+
+def test_a_bias_that_the_base_lacks(place: Path) -> None:
+    with pytest.raises(LuthierError, match="o_proj.bias, which .* does not have"):
+        to_dense(delta_of("bias", 0, "qwen2"), saved(place, "qwen2"))
