@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,20 @@ def test_the_card_says_what_the_base_does(base):
     told = json.loads((ASSET / "card.json").read_text())
     again = card.score(*base, "lists", "test", told["items"])
     assert again == pytest.approx(told["scores"]["lists"]["test"], abs=0.02)
+
+
+@needs_base
+def test_one_family_can_be_measured_by_itself(tmp_path):
+    """The others' figures stay; a card of another number of items, or without them, is refused."""
+    shutil.copytree(ASSET, tmp_path / "base")
+    told = json.loads((ASSET / "card.json").read_text())
+    with pytest.raises(LuthierError, match="measure all families"):
+        card.measure(tmp_path / "base", told["items"] + 1, ["lists"])
+    changed = {**told, "items": 4, "scores": {**told["scores"], "lists": {"train": -1.0}}}
+    (tmp_path / "base" / "card.json").write_text(json.dumps(changed))
+    again = card.measure(tmp_path / "base", 4, ["lists"])
+    assert {k: v for k, v in again["scores"].items() if k != "lists"} == {
+        k: v for k, v in told["scores"].items() if k != "lists"
+    }
+    assert set(again["scores"]["lists"]) == set(world.SPLITS) and again["items"] == 4
+    assert again["scores"]["lists"]["test"] >= 0.5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
 from itertools import product
@@ -13,6 +15,7 @@ import pytest
 from luthier.errors import LuthierError
 from luthier.practice import world
 from luthier.practice.contract import said
+from luthier.practice.draw import Draw
 from luthier.practice.families import (
     _customs,
     _twig,
@@ -21,11 +24,13 @@ from luthier.practice.families import (
     instructions,
     reading,
     recall,
+    repairs,
     tagging,
 )
 from luthier.practice.families._store import DONE, House
 from luthier.practice.oracles import annotators, capacity, house, kinship, memory, pools, posterior, without
 from luthier.practice.oracles.conflict import conflict
+from luthier.practice.words import ANIMALS, FIRST, OBJECTS, PLACES, TOWNS
 
 # -- posteriors --------------------------------------------------------------------------------------------------------
 
@@ -431,3 +436,42 @@ def test_each_broken_condition_is_named():
         ("CAT; KEY Thank you.", "kind"), ("CAT; CAT Thank you.", "count"),
     ):  # fmt: skip
         assert name in world.verify(record, text).reason, text
+
+
+def test_oracles_do_not_depend_on_the_hash_seed():
+    code = """
+import json
+from luthier.practice import world
+from luthier.practice.oracles import annotators, capacity, kinship, memory, pools, posterior, without
+w = without.without("newcomers", 5, 200, tests=10)
+print(json.dumps([
+    w.units, [r["id"] for r in w.retain + w.forget_test], without.shadows("facts", 50, 4), memory.rivals(5),
+    [(p["chosen"], p["gold"], p["probability"]) for p in annotators.pairs("instructions", 20, annotators.Annotator(length=1.0))],
+    [r["messages"] for r in pools.pool("lists", 60, {"wrong": 0.2, "toxic": 0.2}).faulty],
+    [r["id"] for r in capacity.curriculum(5, 2)], [repr(pair) for pair in kinship.table().items()],
+    [posterior.posterior(r) for r in world.records("tagging", "test", 5)],
+]))"""
+    runs = {
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, check=True).stdout
+        for s in ("1", "2")
+    }
+    assert len(runs) == 1
+
+
+def test_no_slip_of_the_pen_could_be_of_two_words():
+    """Every slip that ``repairs`` can make, of every word that can stand in one place, is of one word only."""
+    slots = [
+        FIRST,
+        ANIMALS,
+        OBJECTS,
+        PLACES,
+        TOWNS,
+        [f"{town}." for town in TOWNS],
+        [w for w in repairs._WORDS if w != "lt"],
+    ]
+    for slot in slots:
+        owner = {word: word for word in slot}
+        for word in slot:
+            draw = Draw(f"slips/{word}")
+            for slip in {repairs._slip(draw, word) for _ in range(120)}:
+                assert slip != word and owner.setdefault(slip, word) == word
