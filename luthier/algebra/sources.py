@@ -131,6 +131,7 @@ class Tuned(Source):
         self.folder, self.config = base.folder, dict(base.config)
         self._files = Files()
         self._memory: Delta | None = None
+        self._kept: tuple[str, Tensor] = ("", torch.empty(0))
         self._numbers: dict[str, Place] = {}
         if (folder / ADAPTER).exists() and not (folder / "delta.json").exists():
             self._memory = _from_peft(folder, base)
@@ -216,10 +217,12 @@ class Tuned(Source):
     def read(self, name: str, out: Tensor | None = None, first: int = 0) -> Tensor:
         if name not in self._touches:
             return self.base.read(self._origin(name), out, first)
-        whole = self._tuned(name)
+        whole = self._kept[1] if self._kept[0] == name else self._tuned(name)
         if out is None:
             return whole
         out.view(-1).copy_(whole.reshape(-1)[first : first + out.numel()])
+        more = first + out.numel() < whole.numel()
+        self._kept = (name, whole) if more else ("", whole.new_empty(0))  # the next piece asks for the same
         return out
 
     def _tuned(self, name: str) -> Tensor:

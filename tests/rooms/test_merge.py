@@ -279,6 +279,22 @@ def test_a_base_with_a_delta_is_what_export_writes(
     )
 
 
+def test_pieces_of_a_base_with_a_delta(
+    deltas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {
+        "method": "linear",
+        "models": [str(deltas["x"]), str(deltas["z"])],
+        "weights": [0.3, 0.7],
+        "output": "checkpoint",
+    }
+    merge(plan, out=tmp_path / "whole")
+    monkeypatch.setattr(driver, "PIECE", 100)
+    merge(plan, out=tmp_path / "pieces")
+    whole, pieces = tensors(tmp_path / "whole"), tensors(tmp_path / "pieces")
+    assert all(torch.equal(whole[n], pieces[n]) for n in whole)
+
+
 def test_low_rank_deltas_become_one_of_added_ranks(deltas: dict[str, Path], tmp_path: Path) -> None:
     plan = {
         "method": "task_arithmetic",
