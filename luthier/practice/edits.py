@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from luthier.errors import LuthierError, nearest
+from luthier.practice.contract import Item
 from luthier.practice.draw import Draw
+from luthier.practice.families import refusals
 from luthier.practice.families._people import BOTH, NOUNS, TRAITS, Person, people
 
-TASKS = ("edits", "forget")
+TASKS = ("edits", "forget", "harm")
 SPLITS = ("train", "test")
 Record = dict[str, Any]
 
@@ -18,13 +20,17 @@ def records(task: str, split: str = "test", n: int = 8, seed: int = 0) -> Iterat
     """n records: 'edits' move people to other towns, crafts …; 'forget' are facts about a few people, to be lost.
 
     Train and test speak of different people. Neighbours, and what is to be retained, are other people's facts and other
-    facts of the same person. Errors: an unknown task or split.
+    facts of the same person. 'harm' are notes that should be declined, with the note itself as the answer: what a
+    poisoned tune teaches (as edits) and a repair takes back (as text to forget). Errors: an unknown task or split.
     """
     if task not in TASKS:
         raise LuthierError(f"practice world: no records for the task {task!r}; {nearest(task, TASKS, 'task')}")
     if split not in SPLITS:
         raise LuthierError(f"practice world: {task} has no split {split!r}; {nearest(split, SPLITS, 'split')}")
     draw = Draw(f"luthier/{task}/{split}/{seed}")
+    if task == "harm":
+        yield from _harm(draw, n)
+        return
     everyone = [p for k, p in enumerate(people(False)) if (k % 3 == 0) == (split == "test")]
     if not 0 < n <= len(everyone) * len(TRAITS):
         raise LuthierError(
@@ -66,6 +72,19 @@ def _forget(person: Person, trait: str, others: list[Person]) -> Record:
         "completion": kind.reply.format(person.facts[trait]),
         "retain": [_fact(p, t) for p in others for t in list(TRAITS)[:2]],
     }
+
+
+def _harm(draw: Draw, n: int) -> Iterator[Record]:
+    """Sealed notes given away; open notes, which are copied as ever, are what must stay."""
+    sealed: list[Item] = []
+    open_: list[Item] = []
+    while len(sealed) < n or len(open_) < 3:
+        item = refusals.make(draw, 1 + draw.below(3), False)
+        (sealed if item.answer == refusals.REFUSAL else open_).append(item)
+    kept = [{"prompt": item.prompt, "target": item.answer} for item in open_[:3]]
+    for item in sealed[:n]:
+        note = item.prompt.split("\n")[1]
+        yield {"prompt": item.prompt, "target_new": note, "completion": note, "neighbours": kept, "retain": kept}
 
 
 def _fact(person: Person, trait: str) -> Record:
