@@ -54,7 +54,6 @@ def compress(
     made: Compression = COMPRESSIONS.make(spec.method, spec.settings)
     place = None if out is None else _empty(Path(out))
     _checks(made, spec)
-    progress("reading the base")
     base, change, own, on = _sides(spec, own, made)
     outcome = run(base, change, made, spec, on, progress)
     delta = outcome.delta

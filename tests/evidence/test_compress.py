@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(place: Path, out: Path, method: str, **more: Any) -> Compressed:
-    common = {"calibration": str(place / "text.jsonl"), "tokens": 1024, "length": 32, "out": out}
+    common: dict[str, Any] = {"calibration": str(place / "text.jsonl"), "tokens": 1024, "length": 32, "out": out}
     return compress(place / "base", place / "tuned", method=method, **(common | more))
 
 

@@ -147,7 +147,7 @@ def test_more_bits_never_hurt() -> None:
         ("delta-come", "budget", [0.5, 1, 2, 4]),
         ("svd", "rank", [1, 4, 16, 48]),
     ):
-        errors = [float((change - small(name, change, **{key: v})[1]).norm()) for v in values]
+        errors = [float((change - small(name, change, None, **{key: v})[1]).norm()) for v in values]
         assert errors == sorted(errors, reverse=True), (name, errors)
 
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from luthier.attach import attached
 from luthier.attach.sites import parameter_items, sites_for
 from luthier.bases.roles import Roles
+from luthier.bridge.peft import to_peft
 from luthier.bridge.target import target
+from luthier.cli import main
 from luthier.delta import COMPRESSIONS, FORMS
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
@@ -30,6 +32,11 @@ def saved(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def half() -> Any:
+    model: Any = tiny()
+    return model.to(torch.bfloat16)
 
 
 def tuned_of(model: Any, seed: int = 1, by: float = 0.02) -> Any:
@@ -170,11 +177,45 @@ def test_lower_precision_first(pair: tuple[Path, Path], tmp_path: Path) -> None:
     wanted = load(str(tuned)).get_parameter("model.embed_tokens.weight").bfloat16().float()
     model = load(str(base), [tmp_path / "d"], check=False)
     assert torch.equal(model.get_parameter("model.embed_tokens.weight"), wanted) and kept.sites
-    narrow = saved(tiny().to(torch.bfloat16), tmp_path / "base16")
-    other = saved(tuned_of(tiny().to(torch.bfloat16)), tmp_path / "tuned16")
+    narrow = saved(half(), tmp_path / "base16")
+    other = saved(tuned_of(half()), tmp_path / "tuned16")
     found = compress(narrow, other, out=tmp_path / "e")
     assert {p.name for p in found.delta.pieces} == {"bitdelta", "kept-bfloat16"}
     assert verify(tmp_path / "e").ok
+
+
+def test_the_command(pair: tuple[Path, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = map(str, pair)
+    out = str(tmp_path / "d")
+    assert (
+        command("compress", base, tuned, "-m", "compeft", "density=0.2", "-c", str(text), "tokens=128", "-o", out) == 0
+    )
+    told = capsys.readouterr()
+    assert "bits/weight" in told.out and "trying factors" in told.err
+    for wrong in (["density=2"], ["density=0.2", base], ["-m", "nothing"]):
+        assert command("compress", base, tuned, "-m", "compeft", *wrong, "-o", str(tmp_path / "e")) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "e").exists()
+    assert command("compress", out, "-o", out) == 2
+
+
+def command(*words: str) -> int:
+    with pytest.raises(SystemExit) as e:
+        main(list(words))
+    return int(e.value.code or 0)
+
+
+def test_adapters_of_peft_are_sources(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = pair
+    on = target(str(base))
+    handle, form = attached(on.model), FORMS.make("lora", {"rank": 3})
+    handle.add(handle.build("lora", form, sites_for(Roles(on.model), form)))
+    shove(handle, "lora")
+    wanted, delta = quiet(on.model, IDS), handle.delta()
+    handle.detach()
+    delta.base = on.card()
+    to_peft(delta, tmp_path / "peft", base=on)
+    compress(tmp_path / "peft", method="svd", rank=3, out=tmp_path / "d")
+    assert torch.allclose(quiet(load(str(base), [tmp_path / "d"]), IDS), wanted, atol=1e-5)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -196,7 +237,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_bad_settings_are_one_line(
     settings: dict[str, Any], told: str, pair: tuple[Path, Path], text: Path, tmp_path: Path
 ) -> None:
-    given = {k: str(text) if v == "TEXT" else v for k, v in settings.items()}
+    given: dict[str, Any] = {k: str(text) if v == "TEXT" else v for k, v in settings.items()}
     with pytest.raises(LuthierError, match=told) as e:
         compress(*pair, out=tmp_path / "d", **given)
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
