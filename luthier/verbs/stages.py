@@ -15,7 +15,7 @@ from typing import Any
 
 from luthier.delta.header import read_header
 from luthier.errors import LuthierError
-from luthier.plan.stages import Stage, load_stages, resolved
+from luthier.plan.stages import Stage, load_stages, references, resolved
 from luthier.training.lock import locked
 
 RECORD = "stages.json"
@@ -45,8 +45,8 @@ def run_stages(
 ) -> Chain:
     """Runs the stages of a chain into `out`/<name>. Gives a Chain.
 
-    resume: stages that are done with the same settings are passed over, and a run that was cut short goes on from its
-    checkpoint. Errors: whatever the plan or a stage refuses, with the stage's name; a folder that holds a chain already.
+    resume: stages that are done with the same settings, on stages that did not change, are passed over, and a run that
+    was cut short goes on from its checkpoint. Errors: whatever the plan or a stage refuses, with the stage's name; a folder that holds a chain already.
     """
     stages = load_stages(source, overrides)
     folder = Path(out)
@@ -57,13 +57,20 @@ def run_stages(
             raise LuthierError(f"{folder} holds a chain already: add --resume to go on, or choose another --out")
         chain = Chain(folder)
         folders: dict[str, Path] = {}
+        fresh: set[str] = set()
+        first_run = [s.name for s in stages if s.verb == "tune"][:1]
         for stage in stages:
             settings = resolved(stage.settings, folders)
             folders[stage.name] = folder / stage.name
             row = {"name": stage.name, "verb": stage.verb, "settings": stage.settings}
-            if (old := done.get(stage.name)) and {k: old[k] for k in row} == row:
+            old = done.get(stage.name)
+            stands_on = {*references(stage.settings), *(first_run if stage.verb == "audit" else ())}
+            if old and {k: old[k] for k in row} == row and not stands_on & fresh:
                 chain.stages.append(old)
                 continue
+            if old:
+                shutil.rmtree(folders[stage.name], ignore_errors=True)
+            fresh.add(stage.name)
             say(f"stage {stage.name}: {stage.verb}")
             began = time.perf_counter()
             result = _run(stage, settings, stages, folders, resume, progress)

@@ -12,6 +12,7 @@ from luthier.bases.load import load_base
 from luthier.data.prepare import prepare
 from luthier.delta.artefact import Delta
 from luthier.plan.load import dump_plan, load_plan
+from luthier.verbs.stages import run_stages
 from luthier.verbs.tune import tune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +44,12 @@ EXAMPLES = {
 }
 
 
+CHAIN = "examples/merge-experts.yaml"
+
+
 def test_every_example_is_here() -> None:
     there = {f"examples/{p.name}" for p in (ROOT / "examples").glob("*.yaml")} | {"luthier/assets/demo.yaml"}
-    assert there == set(EXAMPLES)
+    assert there == {*EXAMPLES, CHAIN}
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
@@ -81,3 +85,12 @@ def test_quick_is_quick_on_paper() -> None:
     lengths = prepare(plan.data, base.tokenizer).train.lengths  # pyright: ignore[reportOptionalMemberAccess]
     assert (plan.train.steps or 0) * plan.train.batch_size * float(lengths.mean()) <= 4_400 * (40 - 13)
     assert plan.audit.items * len([*plan.audit.target, *plan.audit.guards, *plan.audit.shifted]) <= 64
+
+
+def test_the_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    overrides = ["tune.train.steps=2", "tune.data.train.limit=64", "audit.items=3", "audit.drift_tokens=64"]
+    done = run_stages(ROOT / CHAIN, overrides=overrides, out=tmp_path / "out", progress=False)
+    assert [row["name"] for row in done.stages][-1] == "of-merged" and all(row["seconds"] > 0 for row in done.stages)
+    assert {c["name"] for c in done.report["audit"]["target"]} == {"translate", "sorting"}
+    assert Delta.load(tmp_path / "out" / "merged").count() > 0

@@ -41,6 +41,11 @@ def test_a_chain_runs_hands_on_and_resumes(tmp_path: Path) -> None:
     again = run_stages(CHAIN, out=tmp_path, progress=False, resume=True, overrides=["measured.items=5"])
     assert (tmp_path / "first" / "delta.json").stat().st_mtime_ns == stamp, "a stage that was done ran again"
     assert again.report["audit"]["target"][0]["n"] == 5, "a stage whose settings changed did not run again"
+    run_stages(CHAIN, out=tmp_path, progress=False, resume=True, overrides=["first.train.lr=2e-3"])
+    header = json.loads((tmp_path / "first" / "delta.json").read_text(encoding="utf-8"))
+    assert header["lineage"]["plan"]["train"]["lr"] == 2e-3
+    rows = json.loads((tmp_path / "stages.json").read_text(encoding="utf-8"))
+    assert rows[1]["seconds"] != done.stages[1]["seconds"], "a stage that stands on a changed one did not run again"
 
 
 def test_overrides_reach_one_stage_or_all_of_a_verb() -> None:
