@@ -3,8 +3,8 @@
     python benchmarks/merge.py [--mergekit PYTHON] [--layers 16] [--hidden 2048] [--folder DIR] [--methods linear ties]
 
 Checkpoints are made on the spot: a base and three tuned ones, Llama-shaped, bfloat16, random, in a temporary folder that
-is removed afterwards. --mergekit names a Python in which mergekit is importable; default this one, and without it only
-our own figures are printed. The floor is what reading the inputs and writing the output takes by itself. The last line
+is removed afterwards. Neither side waits for the disk. --mergekit names a Python in which mergekit is importable;
+default this one, and without it only our own figures are printed. The floor is what reading the inputs and writing the output takes by itself. The last line
 is one JSON.
 """
 

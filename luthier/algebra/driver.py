@@ -124,7 +124,7 @@ class _Reader(threading.Thread):
 
     def __init__(self, jobs: Sequence[Job], sources: Sequence[Source], ahead: int) -> None:
         super().__init__(daemon=True)
-        self.jobs, self.sources, self.budget, self.pool = jobs, sources, _Budget(ahead), _Pool(ahead)
+        self.jobs, self.sources, self.budget, self.pool = jobs, sources, _Budget(ahead), _Pool(ahead // 2)
         self.queue: queue.Queue[_Load | None] = queue.Queue()
         self.failed: BaseException | None = None
         self.stopped = False

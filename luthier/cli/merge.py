@@ -30,7 +30,7 @@ def merge(
         typer.Option("--weight", "-w", help="One for each model, in their order.", show_default=False),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the methods and their parameters.")] = False,
-    sync: Annotated[bool, typer.Option("--sync/--no-sync", help="Wait until the disk holds what was written.")] = True,
+    sync: Annotated[bool, typer.Option("--sync", help="Return only when the disk holds what was written.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Merge models, or deltas on one base, tensor by tensor in little memory. Reads mergekit's files as they are."""

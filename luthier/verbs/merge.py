@@ -45,14 +45,14 @@ def merge(
     *,
     out: str | os.PathLike[str],
     overrides: Sequence[str] = (),
-    sync: bool = True,
+    sync: bool = False,
     progress: Shown = lambda done, of: None,
 ) -> Merged:
     """Merges and writes the folder `out`, which must be new or empty; nothing is left of a merge that fails.
 
     plan: a YAML file or its content; mergekit's files are read as they are. What is written is a checkpoint, or a delta
-    where every model is a delta on the same base (`output` says otherwise). overrides: 'density=0.5'. sync: wait until
-    the disk holds the weights. A checkpoint takes the memory of one tensor of every model, whatever their size; a delta
+    where every model is a delta on the same base (`output` says otherwise). overrides: 'density=0.5'. sync: return only
+    when the disk holds the weights. A checkpoint takes the memory of one tensor of every model, whatever their size; a delta
     that of its base and itself. progress: called with (tensors done, of).
     Errors: LuthierError for models that do not fit each other, NaN in one of them, parameters that the method lacks …
     """
