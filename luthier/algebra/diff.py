@@ -17,7 +17,7 @@ from luthier.algebra.stacking import lora_of, lora_piece
 from luthier.algebra.writer import refuse_existing
 from luthier.attach.sites import site_of
 from luthier.attach.weights import oriented
-from luthier.bases.fingerprint import FullHash, fingerprint_of, fingerprint_template, fingerprint_tokenizer
+from luthier.bases.fingerprint import Fingerprint, FullHash, fingerprint_template, fingerprint_tokenizer
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.delta import FORMS, Site
 from luthier.delta.artefact import Delta, Piece
@@ -134,13 +134,13 @@ class _Maker:
         """A parameter's exact difference; gives how many numbers that takes."""
         dtype = str(tuned.dtype)[6:]
         bits = encode(tuned, base)
-        moved = bits.reshape(-1).nonzero()[:, 0]
-        width = bits.element_size()
-        few = len(moved) * (SPARSE + width) < bits.numel() * width
+        count, width = int(bits.count_nonzero()), bits.element_size()
+        few = count * (SPARSE + width) < bits.numel() * width
+        moved = bits.reshape(-1).nonzero()[:, 0] if few else bits.new_zeros(0)
         kind = "entries" if few else "dense"
         piece = f"{kind}-{dtype}"
         p, fixed = {"bits": bits.reshape(-1)[moved] if few else bits}, {"index": moved} if few else {}
-        site = replace(site, entries=len(moved)) if few else site
+        site = replace(site, entries=count) if few else site
         self.put(piece, FORMS.make(kind, {"dtype": dtype}), name, site, p, fixed)
         self.seals[f"{piece}/{name}"] = project(turned(change, module))
         return p["bits"].numel()
@@ -197,23 +197,25 @@ def diff(base: Checkpoint, tuned: Checkpoint, out: str | os.PathLike[str], how: 
     stream = TensorStream(Path(temporary), 2 * room)
     try:
         maker = _Maker(stream)
-        full = FullHash()
-        wide = base.dtype()
+        full, ours, theirs = FullHash(), Fingerprint(), Fingerprint()
+        wide, other = base.dtype(), tuned.dtype()
         for name, was in base.tensors():
-            full.add(name, was.to(wide))
-            _one(maker, name, was, tuned, base, lora.get(name), how, rows)
+            now = tuned.tensor(name)
+            held = was.to(wide)
+            full.add(name, held)
+            ours.add(name, held)
+            theirs.add(name, now.to(other))
+            del held
+            _one(maker, name, was, now, tuned, base, lora.get(name), how, rows)
         pieces = maker.pieces()
         if not pieces:
             raise LuthierError(f"{tuned.name} and {base.name} hold the same values: there is no delta to write")
         stream.close()
-        card["fingerprint"] = fingerprint_of((n, t.to(wide)) for n, t in base.tensors())
-        card["full_fingerprint"] = str(full)
-        wide = tuned.dtype()
-        other = fingerprint_of((n, tuned.tensor(n).to(wide)) for n in base.names)
+        card["fingerprint"], card["full_fingerprint"] = str(ours), str(full)
         lineage = {
             "parents": [],
             "made_by": "diff",
-            "tuned": {"name": tuned.name, "fingerprint": other},
+            "tuned": {"name": tuned.name, "fingerprint": str(theirs)},
             "how": "exact" if how is None else {k: v for k, v in vars(how).items() if v},
             "found": [r.to_dict() for r in rows.values()],
         }
@@ -232,13 +234,13 @@ def _one(
     maker: _Maker,
     name: str,
     was: Tensor,
+    now: Tensor,
     tuned: Checkpoint,
     base: Checkpoint,
     lora: tuple[str, Site] | None,
     how: Extraction | None,
     rows: dict[str, Row],
 ) -> None:
-    now = tuned.tensor(name)
     site = base.items.get(name)
     role = site.role if site is not None else "buffer"
     row = rows.setdefault(role, Row(role))
@@ -252,13 +254,13 @@ def _one(
         )
     change = now.to(torch.float32, copy=True).sub_(was)
     for which, values in ((base, was), (tuned, now)):
-        if not torch.isfinite(values).all():
+        if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
             raise LuthierError(f"{which.folder}: {name} holds NaN or infinity: fetch or train it again")
-    size = float(change.square().sum(dtype=torch.float64))
+    size = _squared(change)
     row.changed += 1
     row.numbers += change.numel()
     row.change += size
-    row.base += float(was.float().square().sum(dtype=torch.float64))
+    row.base += _squared(was)
     if lora is not None and how is not None:
         key, at = lora
         a, b, lost = _factors(oriented(change, at), how)
@@ -283,8 +285,13 @@ def _factors(change: Tensor, how: Extraction) -> tuple[Tensor, Tensor, float]:
         return a, b, sum(lost for _, _, lost in each)
     u, s, vh = svd_to(change, rank=how.rank, energy=how.energy, ratio=how.ratio)
     a, b = balanced(u, s, vh)
-    lost = float((change - b @ a).square().sum(dtype=torch.float64))
+    lost = _squared(change - b @ a)
     return a, b, lost
+
+
+def _squared(tensor: Tensor) -> float:
+    """Squared norm, summed in float64, without a copy of the tensor."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _lora_sites(base: Checkpoint, how: Extraction | None) -> dict[str, tuple[str, Site]]:

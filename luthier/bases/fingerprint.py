@@ -49,22 +49,38 @@ def fingerprint(model: nn.Module, skip: Collection[str] = ()) -> str:
 
 def fingerprint_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The same of named tensors in the order of `base_tensors`, read one at a time."""
-    names, samples, dtypes = [], [], {}
+    mark = Fingerprint()
     for name, tensor in tensors:
+        mark.add(name, tensor)
+    return str(mark)
+
+
+class Fingerprint:
+    """fingerprint, fed with one tensor after another in the order of `base_tensors`."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._samples: list[torch.Tensor] = []
+        self._dtypes: dict[str, int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Keeps a sample of the tensor, not the tensor."""
         if tensor.is_meta:
             raise LuthierError(f"{name} has no values (meta device); load the base with weights to fingerprint it")
-        names.append(f"{name} {tuple(tensor.shape)}")
-        samples.append(_sample(tensor.detach()).clone())
+        self._names.append(f"{name} {tuple(tensor.shape)}")
+        self._samples.append(_sample(tensor.detach()).clone())
         kind = str(tensor.dtype).removeprefix("torch.")
-        dtypes[kind] = dtypes.get(kind, 0) + tensor.numel()
-    rounded, exact = hashlib.sha256(), hashlib.sha256()
-    for line, kinds in ((rounded, ""), (exact, ",".join(str(s.dtype) for s in samples))):
-        line.update(("\n".join(names) + kinds).encode())
-    for group in _by_type(samples):
-        exact.update(_bytes(group))
-    rounded.update(_bytes(torch.cat([s.to(torch.bfloat16).cpu() for s in samples] or [torch.zeros(0)])))
-    dtype = max(dtypes, key=lambda kind: dtypes[kind]) if dtypes else "none"
-    return f"{rounded.hexdigest()[:DIGITS]}:{exact.hexdigest()[:DIGITS]}:{dtype}"
+        self._dtypes[kind] = self._dtypes.get(kind, 0) + tensor.numel()
+
+    def __str__(self) -> str:
+        rounded, exact = hashlib.sha256(), hashlib.sha256()
+        for line, kinds in ((rounded, ""), (exact, ",".join(str(s.dtype) for s in self._samples))):
+            line.update(("\n".join(self._names) + kinds).encode())
+        for group in _by_type(self._samples):
+            exact.update(_bytes(group))
+        rounded.update(_bytes(torch.cat([s.to(torch.bfloat16).cpu() for s in self._samples] or [torch.zeros(0)])))
+        dtype = max(self._dtypes, key=lambda kind: self._dtypes[kind]) if self._dtypes else "none"
+        return f"{rounded.hexdigest()[:DIGITS]}:{exact.hexdigest()[:DIGITS]}:{dtype}"
 
 
 def compare(a: str, b: str) -> Same:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from luthier.attach.sites import parameter_items
@@ -18,6 +17,7 @@ from luthier.bases.fingerprint import base_tensors
 from luthier.bases.load import load_base
 from luthier.bases.locate import locate, read_json
 from luthier.bases.tokens import load_tokenizer
+from luthier.bridge.tensors import Files, Place, read_places
 from luthier.bridge.weights_file import DTYPES, index_of
 from luthier.delta import Site
 from luthier.errors import LuthierError
@@ -50,9 +50,12 @@ class Checkpoint:
         self.model: Any = base.model
         self.roles = base.roles
         self.tokenizer: Any = load_tokenizer(folder, spec.trust_remote_code) if has_tokenizer(folder) else None
-        self.files = index_of(folder)
-        self._open: dict[Path, Any] = {}
-        self._sources = _sources(self.model, list(self.files))
+        files = index_of(folder)
+        self.places: dict[str, Place] = {}
+        for file in dict.fromkeys(files.values()):
+            self.places |= {k: v for k, v in read_places(file).items() if files.get(k) == file}
+        self._files = Files()
+        self._sources = _sources(self.model, list(self.places))
         self._aliases = _aliases(self.model)
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -76,14 +79,11 @@ class Checkpoint:
         return self._aliases.get(name, [])
 
     def raw(self, key: str) -> Tensor:
-        """A tensor under its name in the file."""
-        file = self.files[key]
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(file, "pt")
-            return self._open[file].get_tensor(key)
-        except (SafetensorError, OSError) as e:
-            raise LuthierError(f"{file} is truncated or altered ({e}): copy it again") from e
+        """A tensor under its name in the file, in memory of its own."""
+        place = self.places[key]
+        out = torch.empty(place.shape, dtype=place.dtype)
+        self._files.read(place, out)
+        return out
 
     def __contains__(self, name: str) -> bool:
         return self._found(name) is not None
@@ -92,7 +92,7 @@ class Checkpoint:
         return next((n for n in (name, *self._aliases.get(name, ())) if n in self._sources), None)
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter's values in memory's layout and the file's type; a view of the file where the layouts agree.
+        """A parameter's values in memory's layout and the file's type; read when it is asked for.
 
         Raises LuthierError where the folder lacks it, its shape is not the config's, or it is not floating point.
         """
@@ -138,10 +138,8 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The narrowest type that holds every value exactly."""
         found: torch.dtype | None = None
-        for key in self.files:
-            value = self.raw(key)
-            if value.is_floating_point():
-                found = value.dtype if found is None else torch.promote_types(found, value.dtype)
+        for kind in {place.dtype for place in self.places.values()} & set(DTYPES.values()):
+            found = kind if found is None else torch.promote_types(found, kind)
         return found or torch.float32
 
 
