@@ -124,6 +124,7 @@ def _tokenizer_folder(spec: BaseSpec, folder: Path) -> Path:
 
 
 def _config(spec: BaseSpec, folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     stated = read_json(folder / "config.json")
@@ -143,7 +144,7 @@ def _config(spec: BaseSpec, folder: Path) -> Any:
         config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=spec.trust_remote_code, **extra
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise LuthierError(f"{folder}/config.json: not readable ({_first_line(error)}); correct it") from error
     two_stacks = bool(getattr(config, "is_encoder_decoder", False))
     if spec.kind == "causal" and two_stacks:

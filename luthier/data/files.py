@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 
 from luthier.errors import LuthierError
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape in JSON that may be half of a character; looked for first, because the look is cheap."""
+
 
 @dataclass(frozen=True, slots=True)
 class Raw:
@@ -115,7 +118,7 @@ def jsonl_rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None)
             any_row, where = True, f"{path}:{number}"
             text = decoded(line, path, number, start)
             try:
-                value = json.loads(text)
+                value = from_json(text, where)
             except json.JSONDecodeError as e:
                 raise LuthierError(
                     f"{where}: broken JSON, {e.msg.removesuffix(' at')} at column {e.colno}; mend or remove the line"
@@ -124,6 +127,26 @@ def jsonl_rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None)
         start = after
     if not any_row:
         raise LuthierError(f"{path} holds blank lines only: give a file with records in it")
+
+
+def from_json(text: str, where: str) -> Any:
+    """The value of a JSON text, which must be text that can be written again: half of a surrogate pair is an error, and
+    so is what nests or counts beyond measure. Broken JSON is a JSONDecodeError."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as e:
+        raise LuthierError(f"{where}: nested too deeply to be read; mend or remove the record") from e
+    except ValueError as e:
+        raise LuthierError(f"{where}: a number too long to be read; write it as a string") from e
+    if SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = ascii(e.object[e.start])[1:-1]
+            raise LuthierError(f"{where}: {half} is half of a character; mend or remove the record") from e
+    return value
 
 
 def filled_lines(path: Path, pattern: re.Pattern[str] | None) -> int:
@@ -159,7 +182,7 @@ def one_object_a_line(path: Path) -> bool:
 def json_array(path: Path) -> list[Any]:
     text = whole(path)
     try:
-        value = json.loads(text)
+        value = from_json(text, str(path))
     except json.JSONDecodeError as e:
         raise LuthierError(f"{path}:{e.lineno}: broken JSON, {e.msg.removesuffix(' at')} at column {e.colno}") from e
     if isinstance(value, dict):

@@ -79,7 +79,7 @@ class Registry(Mapping[str, Any]):
         values = {}
         for key, value in settings.items():
             try:
-                config = ConfigDict(arbitrary_types_allowed=True)
+                config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
                 hint = hints[key]
                 plain = isinstance(hint, type) and dataclasses.is_dataclass(hint)
                 values[key] = TypeAdapter(hint, config=None if plain else config).validate_python(value)

@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -117,6 +117,8 @@ def _settings(method: Any) -> str:
 
 def _type(annotation: Any) -> str:
     origin, inside = get_origin(annotation), [a for a in get_args(annotation) if a is not type(None)]
+    if origin is Annotated:
+        return _type(inside[0])
     if origin is Literal:
         return ", ".join(f"`{a}`" for a in inside)
     if origin in (Union, types.UnionType):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A part of a plan: unknown keys are errors (plan.load names the nearest valid one)."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class BaseSpec(Section):
@@ -96,7 +98,7 @@ class DataSpec(Section):
 class DeltaSpec(BaseModel):
     """One form or one choice with its own sites and learning rate; other keys are the method's own settings."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     form: str | None = Field(None, description="How the delta is written down: lora, dora, adapter …")
     choice: str | None = Field(None, description="Which of the base's own parameters move: full, hft, lisa, bias …")
@@ -130,7 +132,7 @@ class DeltaSpec(BaseModel):
 class ObjectiveSpec(BaseModel):
     """The loss; other keys are its settings."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     name: str = Field("sft", description="Objective by name; classification and seq2seq bases choose theirs with sft.")
 
     @property
@@ -157,7 +159,7 @@ class TrainSpec(Section):
     warmup: float = Field(0.03, ge=0, description="Share of the steps below 1, number of steps from 1 on.")
     min_lr: float = Field(0.0, ge=0, le=1, description="Where the schedule ends, as a share of lr.")
     optimiser: str = Field("adamw", description="Optimiser by name.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.999), description="AdamW's decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled; not on norms, biases and vectors.")
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null for none.")
@@ -278,7 +280,7 @@ class GateSpec(Section):
 class RebaseSpec(Section):
     """What `luthier rebase` tries on the new base, cheapest first."""
 
-    method: str = Field("portllm", description="Move of weights by name; see luthier port.")
+    move: str = Field("portllm", description="Move of weights by name; see luthier port.")
     factors: list[float] = Field([0.75, 0.5, 1.25], description="Factors on the whole change, each a repair.")
     lines: list[float] = Field(
         [0.5], description="LiNeS: factors at the first layer, rising to 1 at the last; each a repair."

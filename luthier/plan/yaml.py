@@ -53,16 +53,25 @@ def read_yaml(text: str, where: str) -> Any:
         raise LuthierError(f"{where}{line}: broken YAML ({said}): correct that line") from e
     except (yaml.YAMLError, ValueError) as e:
         raise LuthierError(f"{where}: broken YAML ({' '.join(str(e).split())}): correct it") from e
+    except RecursionError as e:
+        raise LuthierError(f"{where}: nested too deeply to be read: write it flat") from e
 
 
 def expand(value: Any, where: str) -> Any:
     """`value` with ${NAME} and ${NAME:-default} in its texts replaced; a name that is not set needs a default."""
+    try:
+        return _expanded(value, where)
+    except RecursionError as e:
+        raise LuthierError(f"{where or 'plan'}: an anchor (&name) holds itself: write out what is meant") from e
+
+
+def _expanded(value: Any, where: str) -> Any:
     if isinstance(value, str):
         return VARIABLE.sub(lambda m: _variable(m, where), value)
     if isinstance(value, Mapping):
-        return {k: expand(v, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
+        return {k: _expanded(v, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
     if isinstance(value, list):
-        return [expand(v, f"{where}.{i}") for i, v in enumerate(value)]
+        return [_expanded(v, f"{where}.{i}") for i, v in enumerate(value)]
     return value
 
 

@@ -13,7 +13,11 @@ from luthier.errors import LuthierError
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; the system frees it when the process ends, however it ends."""
+    """Holds the folder's lock; the system frees it when the process ends, however it ends.
+
+    A folder that was made for a run which failed before it wrote anything is taken away again.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
@@ -30,4 +34,12 @@ def locked(folder: Path) -> Iterator[None]:
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if folder in made and [p.name for p in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                for place in made:
+                    if not any(place.iterdir()):
+                        place.rmdir()
+            raise

@@ -13,9 +13,9 @@ from luthier.delta.artefact import Delta
 from luthier.delta.wiring import Wiring, is_assembly
 from luthier.errors import LuthierError
 from luthier.measuring.audit import audit as measure
-from luthier.measuring.report import write_report
+from luthier.measuring.report import free_for_files, write_report
 from luthier.plan import Plan
-from luthier.plan.load import load_plan
+from luthier.plan.measuring import load_measuring
 from luthier.verbs.load import load_all
 
 P = TypeVar("P", bound=Plan)
@@ -45,7 +45,8 @@ def audit(
     """Measures a delta folder on the base it was made on, or an assembly's on its large model; writes report.json and
     report.html.
 
-    plan: whose base, data and audit sections count; default the one in the delta's lineage. out: default DELTA/audit.
+    plan: whose base, data and audit sections count (data and delta may be left out); default the one in the delta's
+    lineage. out: default DELTA/audit.
     The delta's own plan came with the delta, perhaps from someone else: it can neither have the code of a model's
     repository run nor name code to import; a plan or an override that you state can.
     Errors: a delta without a plan, a plan without anything to measure, and whatever `load` refuses.
@@ -57,12 +58,11 @@ def audit(
         raise LuthierError(
             f"{folder} holds no plan (it was not tuned here): give one by --plan that says what to measure"
         )
-    read = load_plan(stated, overrides, methods=False)
+    read = load_measuring(stated, overrides)
     if plan is None:
         read = distrusted(read, folder, overrides)
     spec = read.audit.model_copy(update={"enabled": True})
-    if not (spec.target or spec.guards or spec.shifted):
-        raise LuthierError("the plan's audit section names nothing to measure: state audit.target or audit.guards")
+    place = free_for_files(Path(out) if out is not None else folder / "audit")
     base_spec = (
         read.base
         if plan is not None
@@ -76,7 +76,6 @@ def audit(
         "audit": result.to_dict(),
         "warnings": [],
     }
-    place = Path(out) if out is not None else folder / "audit"
     write_report(place, report)
     return Audited(place, report)
 

@@ -13,6 +13,7 @@ from luthier.measuring.cost import Watch
 from luthier.measuring.gate import POWER
 from luthier.measuring.gate import gate as measure
 from luthier.measuring.gate_page import write_gate
+from luthier.measuring.report import free_for_files
 from luthier.plan.measuring import limits, load_measuring
 from luthier.plan.schema import Plan
 from luthier.training.certificate import versions
@@ -55,6 +56,8 @@ def gate(
     read = load_measuring(plan, overrides)
     if not read.audit.enabled:
         raise LuthierError("the plan's audit is switched off: state audit.enabled: true, or leave it out")
+    place = Path(out) if out is not None else Path(new) / "gate" if is_delta(Path(new)) else Path("gate")
+    free_for_files(place)
     watch = Watch()
     sides = Sides(read)
     before, after = (sides.open(os.fspath(name)) for name in (old, new))
@@ -74,6 +77,5 @@ def gate(
         "versions": versions(),
         "seconds": watch.read(),
     }
-    place = Path(out) if out is not None else Path(new) / "gate" if is_delta(Path(new)) else Path("gate")
     write_gate(place, report)
     return Gated(place, report)

@@ -92,7 +92,7 @@ def generate(base: Any, prompts: str | Sequence[Prompt], deltas: Iterable[Any] =
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a file: one a line, or JSONL with 'prompt' or 'messages' (a last assistant turn is left out)."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as e:
         raise LuthierError(f"{path}: there is no such file: give prompts by --prompt, or another --file") from e
     except UnicodeDecodeError as e:
@@ -110,10 +110,14 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt(line: str, where: str) -> Prompt:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise LuthierError(f"{where}: not JSON ({e.msg}): correct that line") from e
+    except (ValueError, RecursionError) as e:
+        said = e.msg if isinstance(e, json.JSONDecodeError) else str(e)
+        raise LuthierError(f"{where}: not JSON ({said}): correct that line") from e
     messages = row.get("messages") if isinstance(row, dict) else None
     if isinstance(messages, list) and messages:
+        for n, message in enumerate(messages):
+            if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+                raise LuthierError(f"{where}: messages.{n} has no 'role' and 'content': correct that line")
         return messages[:-1] if messages[-1].get("role") == "assistant" else messages
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return row["prompt"]

@@ -123,15 +123,15 @@ class _Rebase:
         return self._write(report, None if at is None else deltas[at], bare.base)
 
     def _ported(self, spec: RebaseSpec, old: Target, new: Target) -> Delta:
-        self.progress(f"port: {spec.method}")
-        return port(self.delta, onto=new, base=old, method=spec.method, connectivity=False).delta
+        self.progress(f"port: {spec.move}")
+        return port(self.delta, onto=new, base=old, method=spec.move, connectivity=False).delta
 
     def _ways(
         self, ported: Delta, spec: RebaseSpec, new: Target
     ) -> Iterator[tuple[str, str, Callable[[], Delta]]]:  # fmt: skip
         """(name, what it is, how it is made), cheapest first."""
         layers = 1 + max((part.layer for part in new.roles.parts if part.layer is not None), default=0)
-        yield "ported", f"{spec.method}, as it is", lambda: ported
+        yield "ported", f"{spec.move}, as it is", lambda: ported
         for factor in spec.factors:
             yield (
                 f"scaled {factor:g}",

@@ -75,6 +75,9 @@ def tune(
         check_push(plan.push_to)
     folder = Path(out)
     begun = folder.is_dir()
+    for name in ("config.json", "adapter_config.json", "assembly.json"):
+        if (folder / name).exists():
+            raise LuthierError(f"{folder} holds another model ({name}): choose another --out")
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(folder) if first else nullcontext():
         have = latest(folder / "checkpoints")
