@@ -77,8 +77,8 @@ def run_stages(
             if getattr(result, "stopped", None) and not getattr(result, "report", None):
                 chain.stopped = result.stopped
                 break
-            report = getattr(result, "report", None) or {}
-            verdict = (report.get("audit") or {}).get("verdict") if isinstance(report, Mapping) else None
+            report = dict(getattr(result, "report", None) or {})
+            verdict = (report.get("audit") or {}).get("verdict")
             row |= {"seconds": round(time.perf_counter() - began, 2), "verdict": (verdict or {}).get("line")}
             chain.report = report or chain.report
             chain.stages.append(row)
