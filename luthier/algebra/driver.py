@@ -1,4 +1,4 @@
-"""Runs a merge tensor by tensor: one thread reads ahead, the caller's merges, another writes, in bounded memory."""
+"""Runs a merge tensor by tensor: one thread reads ahead, one for each core merges, one writes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from luthier.errors import LuthierError
 
 PIECE = 1 << 20
 """Entries of a flat piece of a tensor, where a merge takes pieces: small enough for the cache of a core."""
-MOST_AHEAD, LEAST_AHEAD = 256 << 20, 8 << 20
+MOST_AHEAD, LEAST_AHEAD = 200 << 20, 8 << 20
 """Bytes read and not yet merged; one tensor of every model at least."""
+MOST_WORKERS = 4
+"""Threads that merge; each holds a tensor of every model."""
 SHARE = 6
 """The part of what the process may still have that reading ahead takes is one in this many."""
 
@@ -69,6 +71,8 @@ class _Load:
     nbytes: int
     first: bool
     """Whether it is the job's first piece."""
+    number: int = 0
+    """Its place in the order of reading."""
 
 
 class _Budget:
@@ -130,11 +134,13 @@ class _Reader(threading.Thread):
         self.stopped = False
 
     def run(self) -> None:
+        count = 0
         try:
             for job in self.jobs:
                 for load in self._pieces(job) if _in_pieces(job) else self._whole(job):
                     if self.stopped:
                         return
+                    load.number, count = count, count + 1
                     self.queue.put(load)
         except BaseException as e:  # noqa: BLE001 - raised again by the thread that merges
             self.failed = e
@@ -149,6 +155,7 @@ class _Reader(threading.Thread):
         """What was read, in order. An error of the reading thread is raised here."""
         while (load := self.queue.get()) is not None:
             yield load
+        self.queue.put(None)  # for whoever else reads here
         if self.failed is not None:
             raise self.failed
 
@@ -242,40 +249,100 @@ def run(
     """Merges the jobs in order; `write(name, tensor)` is called in the same order, from another thread, for whole tensors
     or for consecutive flat pieces of one.
 
-    measured: what the jobs' `measure` said. notes: what the merges say of each tensor is added there. ahead: most bytes read ahead; default by what the process may still have.
-    Errors of any thread are raised here, and no further tensor is written.
+    measured: what the jobs' `measure` said. notes: what the merges say of each tensor is added there. ahead: most bytes
+    read ahead; default by what the process may still have. Errors of any thread are raised here, and no further tensor
+    is written.
     """
     ahead = room() if ahead is None else ahead
     reader = _Reader(jobs, sources, ahead)
     writer = _Writer(write, reader.pool, ahead // 2)
+    threads = torch.get_num_threads()
+    team = _Team(reader, writer, seed, measured or {}, progress, notes if notes is not None else [], threads, ahead)
+    workers = [threading.Thread(target=team.work, daemon=True) for _ in range(max(1, min(threads, MOST_WORKERS)))]
     reader.start()
     writer.start()
-    done = 0
     try:
-        with torch.inference_mode():
-            for load in reader.loads():
-                if writer.failed is not None:
-                    break
-                said: dict[str, float] = {}
-                out = _merged(load, seed, measured or {}, said)
-                if said and load.first and notes is not None:
-                    notes.append(said)
-                held = {out.untyped_storage().data_ptr()}
-                keep = [b for b in load.buffers if b.untyped_storage().data_ptr() in held]
-                load.tensors.clear()
-                reader.done(load, keep)
-                writer.put(load.job.item.name, out, keep)
-                if load.first:
-                    done += 1
-                    progress(done, len(jobs))
-                del out, keep
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    except BaseException as e:  # an interrupt
+        team.fail(e)
+        raise
     finally:
         reader.stop()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
         writer.queue.put(None)
         reader.join()
         writer.join()
+        torch.set_num_threads(threads)
+    if team.failed is not None:
+        raise team.failed
     if writer.failed is not None:
         raise writer.failed
+
+
+class _Team:
+    """Threads that merge different tensors at once, each on one core: that keeps the cores busier than one tensor on all of
+    them does. What they make is handed to the writer in the order in which it was read."""
+
+    def __init__(
+        self,
+        reader: _Reader,
+        writer: _Writer,
+        seed: int,
+        measured: Mapping[str, Any],
+        progress: Callable[[int, int], None],
+        notes: list[dict[str, float]],
+        threads: int,
+        ahead: int,
+    ) -> None:
+        self.reader, self.writer, self.seed, self.measured = reader, writer, seed, measured
+        self.progress, self.notes, self.threads, self.ahead = progress, notes, threads, ahead
+        self.failed: BaseException | None = None
+        self._next, self._done, self._turn = 0, 0, threading.Condition()
+
+    def fail(self, error: BaseException) -> None:
+        """Stops all; the first error counts."""
+        with self._turn:
+            self.failed = self.failed or error
+            self._turn.notify_all()
+        self.reader.stop()
+
+    def work(self) -> None:
+        try:
+            with torch.inference_mode():
+                for load in self.reader.loads():
+                    if self.writer.failed is not None:
+                        self.fail(self.writer.failed)  # whoever waits for its turn must hear of it
+                    if self.failed is not None:
+                        break
+                    self._merge(load)
+                    del load
+        except BaseException as e:  # noqa: BLE001 - raised again by the thread that waits for this one
+            self.fail(e)
+
+    def _merge(self, load: _Load) -> None:
+        torch.set_num_threads(self.threads if load.nbytes > self.ahead else 1)  # one too large to have company
+        said: dict[str, float] = {}
+        out = _merged(load, self.seed, self.measured, said)
+        held = out.untyped_storage().data_ptr()
+        keep = [b for b in load.buffers if b.untyped_storage().data_ptr() == held]
+        load.tensors.clear()
+        self.reader.done(load, keep)
+        with self._turn:
+            self._turn.wait_for(lambda: self.failed is not None or self._next == load.number)
+            if self.failed is not None:
+                return
+            self.writer.put(load.job.item.name, out, keep)
+            if load.first:
+                self._done += 1
+                self.notes += [said] if said else []
+                self.progress(self._done, len(self.reader.jobs))
+            self._next += 1
+            self._turn.notify_all()
 
 
 def measure(jobs: Sequence[Job], sources: Sequence[Source], *, ahead: int | None = None) -> dict[str, Any]:
