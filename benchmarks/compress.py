@@ -5,9 +5,9 @@
     python benchmarks/compress.py shape 7b --out /tmp/shape.json    file sizes of a 7 B model, a tensor at a time
     python benchmarks/compress.py products --out /tmp/products.json
 
-`shape` compresses one random matrix of each shape for real and counts bytes for all of that shape: sizes follow from
-shapes alone, but for Golomb codes, whose length varies by less than 0.1 % between draws (Delta-CoMe's are counted from
-the form alone: a full decomposition of each shape takes minutes). With --audit,
+`shape` compresses a random matrix of each shape for real and counts bytes for all of that shape: sizes follow from
+shapes alone, but for Golomb codes, whose length varies by less than 0.1 % between draws. Of DeltaZip only the square
+shape is run, of Delta-CoMe none (minutes each): the other sizes are the form's own. `ran` lists what was run. With --audit,
 `delta` also measures what each method gives, by the audit section of the delta's own plan. One thread unless OMP_NUM_THREADS says otherwise.
 """
 
@@ -40,6 +40,8 @@ ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("SVD, rank 16", "svd", {"rank": 16}, ""),
 ]
 """Label, method, settings, what the paper reports."""
+COUNTED = {"deltazip": "two-four", "delta-come": "mixed-bits"}
+"""Methods of which `shape` runs the square matrix at most, and counts the other shapes from the form."""
 SHAPES = {
     "7b": (4096, 11008, 32, 4096, 32000),
     "13b": (5120, 13824, 40, 5120, 32000),
@@ -72,9 +74,14 @@ def shape(name: str) -> Iterator[dict[str, Any]]:
     for label, method, settings, paper in ROWS:
         began, header, packed = time.perf_counter(), {}, 0
         made: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        ran: list[list[int]] = []
         for _, o, i in matrices.values():
             if (o, i) not in made:
-                made[(o, i)] = _built(settings, o, i) if method == "delta-come" else _stored(method, settings, o, i)
+                real = method not in COUNTED or (o == i and method != "delta-come")
+                made[(o, i)] = _stored(method, settings, o, i) if real else _built(method, settings, o, i)
+                ran += [[o, i]] if real else []
+                if real and method in COUNTED:
+                    assert _sizes(made[(o, i)]) == _sizes(_built(method, settings, o, i))
         for n in range(layers):
             for place, (_, o, i) in matrices.items():
                 for key, t in made[(o, i)].items():
@@ -90,7 +97,7 @@ def shape(name: str) -> Iterator[dict[str, Any]]:
             "label": label, "settings": settings, "paper": paper, "parameters": parameters,
             "matrices_bits": 8 * packed / inside, "matrices_ratio": 16 * inside / (8 * packed),
             "file_bytes": file, "file_bits": 8 * file / parameters, "file_ratio_16": 2 * parameters / file,
-            "ran": [] if method == "delta-come" else [list(k) for k in made], "seconds": time.perf_counter() - began,
+            "ran": ran, "seconds": time.perf_counter() - began,
         }  # fmt: skip
         _say(f"{label}: {row['matrices_bits']:.3f} bits, file {row['file_ratio_16']:.2f}x")
         yield row
@@ -107,10 +114,14 @@ def _stored(method: str, settings: dict[str, Any], d_out: int, d_in: int) -> dic
     return {f"p/{k}": v for k, v in p.items()} | {f"fixed/{k}": v for k, v in fixed.items()}
 
 
-def _built(settings: dict[str, Any], d_out: int, d_in: int) -> dict[str, torch.Tensor]:
-    """The same for mixed bits, whose sizes follow from the shape, without the decomposition of a large matrix."""
+def _sizes(made: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {k: (t.dtype, t.shape) for k, t in made.items()}
+
+
+def _built(method: str, settings: dict[str, Any], d_out: int, d_in: int) -> dict[str, torch.Tensor]:
+    """The same as the form alone says, for methods whose sizes follow from the shape."""
     site = Site("w", "ffn.up", 0, "linear", d_in, d_out)
-    p, fixed = FORMS.make("mixed-bits", settings).build(site, torch.Generator().manual_seed(0))
+    p, fixed = FORMS.make(COUNTED[method], settings).build(site, torch.Generator().manual_seed(0))
     return {f"p/{k}": v for k, v in p.items()} | {f"fixed/{k}": v for k, v in fixed.items()}
 
 
@@ -232,8 +243,10 @@ def main() -> None:
     parser.add_argument("--calibration", default="practice:translate")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], help="settings of the plan for every method, as tokens=1024")
+    parser.add_argument("--only", nargs="*", default=[], help="methods by name; default all")
     parser.add_argument("--audit", nargs="*", help="audit each delta; overrides of its plan, as audit.items=30")
     args = parser.parse_args()
+    ROWS[:] = [row for row in ROWS if not args.only or row[1] in args.only]
     with tempfile.TemporaryDirectory(prefix="pair-") as place:
         if args.what == "shape":
             rows = shape(args.of)
