@@ -233,6 +233,8 @@ class _Loader:
         stated, here = member.base.get("fingerprint"), on.card()["fingerprint"]
         own = Delta([], {k: v for k, v in member.base.items() if k in ("name", "fingerprint", "tokenizer")})
         found = [c for c in same_base(own, on) if c.ok is not None] if stated else []
+        if member.deltas and all(c.ok for c in found):
+            found = []  # its deltas say the same once more
         if not stated:
             raise LuthierError(
                 f"{role}: the assembly states no fingerprint of {member.base.get('name')} ({here}): make it anew"
