@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,8 +29,12 @@ class LiNeS(Merge):
     """β: what is added up to the last layer."""
     of: str = "task_arithmetic"
     """The merge that makes the change."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Its settings."""
+    normalize: bool | None = None
+    """Of that merge; None leaves it its default."""
+    rescale: bool | None = None
+    """Of that merge."""
+    lambda_: float | None = None
+    """Of that merge."""
 
     each: ClassVar[Mapping[str, float | None]] = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}
     draws: ClassVar[bool] = True
@@ -43,7 +47,8 @@ class LiNeS(Merge):
     @property
     def inner(self) -> Merge:
         """The merge whose change is scaled."""
-        return MERGES.make(self.of, self.settings)
+        stated = {"normalize": self.normalize, "rescale": self.rescale, "lambda_": self.lambda_}
+        return MERGES.make(self.of, {k: v for k, v in stated.items() if v is not None})
 
     @property
     def looks(self) -> bool:

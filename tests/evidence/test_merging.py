@@ -179,7 +179,7 @@ def test_p403_decouple_then_merge() -> None:
         asked.append(each["weight"])
         return -sum(abs(a - b) for a, b in zip(each["weight"], wanted, strict=True))
 
-    merge = MERGES.make("deme", {"grid": [0.4, 0.7, 1.0]})
+    merge = MERGES.make("deme", {"lowest": 0.4, "highest": 1.0, "points": 3})
     assert merge.search(3, score) == {"weight": wanted} and len(asked) == 27
     out = merged("deme", TUNED, weight=wanted)
     assert torch.allclose(out, BASE + sum(w * (t - BASE) for w, t in zip(wanted, TUNED, strict=True)), atol=1e-7)
@@ -189,7 +189,7 @@ def test_p403_decouple_then_merge() -> None:
     loss = lambda w, k: float((w - data[k]).square().sum())  # noqa: E731
     joint = (data[0] + data[1]) / 2
     assert all(loss(data[k], k) < loss(joint, k) for k in (0, 1))
-    halves = MERGES.make("deme", {"grid": [0.0, 0.25, 0.5, 0.75, 1.0]})
+    halves = MERGES.make("deme", {"lowest": 0.0, "points": 5})
     found = halves.search(
         2, lambda e: -sum(loss(e["weight"][0] * data[0] + e["weight"][1] * data[1], k) for k in (0, 1))
     )
