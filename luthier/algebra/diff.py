@@ -31,6 +31,8 @@ from luthier.parts.svd import balanced, svd_to
 
 APART = ("head", "classifier", "router", "embed")
 """Roles that an extraction keeps exactly unless sites are stated."""
+PIECE = 1 << 22
+"""Numbers worked on at once where a sum needs a wider type."""
 SPARSE = 8
 """Bytes of an entry's place: where few entries changed, places and differences are smaller than all differences."""
 
@@ -252,7 +254,9 @@ def _one(
         raise LuthierError(
             f"{name} differs, a constant that is no parameter: a delta cannot hold it; fetch {tuned.name} again"
         )
-    change = now.to(torch.float32, copy=True).sub_(was)
+    change = now.to(torch.float32, copy=True)
+    for part, less in zip(change.view(-1).split(PIECE), was.reshape(-1).split(PIECE), strict=True):
+        part.sub_(less)
     for which, values in ((base, was), (tuned, now)):
         if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
             raise LuthierError(f"{which.folder}: {name} holds NaN or infinity: fetch or train it again")
@@ -290,8 +294,8 @@ def _factors(change: Tensor, how: Extraction) -> tuple[Tensor, Tensor, float]:
 
 
 def _squared(tensor: Tensor) -> float:
-    """Squared norm, summed in float64, without a copy of the tensor."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    """Squared norm, piece by piece: no wide copy of the whole is made."""
+    return sum(float(piece.float().square().sum(dtype=torch.float64)) for piece in tensor.reshape(-1).split(PIECE))
 
 
 def _lora_sites(base: Checkpoint, how: Extraction | None) -> dict[str, tuple[str, Site]]:
