@@ -131,10 +131,12 @@ def load_moving(model: type[T], source: str | os.PathLike[str] | Mapping[str, An
     """
     where, raw = ("plan", dict(source)) if isinstance(source, Mapping) else read_plan(source)
     raw = expand(raw, "")
-    for text in overrides:
-        override(raw, text)
     if model is AssembleSpec and "expert" in raw and "pairs" not in raw:
         raw["pairs"] = [{k: raw.pop(k) for k in ("expert", "base") if k in raw}]
+    own = {k: raw.pop(k) for k in ("delta",) if isinstance(raw.get(k), str)}  # a folder here, in a run's plan a form
+    for text in overrides:
+        override(raw, text)
+    raw = own | raw
     try:
         return model.model_validate(raw)
     except ValidationError as e:

@@ -314,3 +314,37 @@ def test_voices_leave_the_base_as_it_was(place: Path) -> None:
         dress(on.model, a)
         dress(on.model, b)
         assert attached(on.model).kept == b.pieces
+
+
+def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from luthier.cli import main
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(w) for w in words])
+        said = capsys.readouterr()
+        return int(str(left.value.code)), said.out, said.err
+
+    base_at(tmp_path / "newer", seed=4)
+    code, out, err = run("port", place / "lora", "--onto", tmp_path / "newer", "--out", tmp_path / "moved", "scale=0.5")
+    assert code == 0 and "bit for bit" in out, err
+    code, out, _ = run(
+        *("assemble", "--large", place / "large", "--expert", place / "lora", "--expert", place / "full"),
+        *("--method", "emulated-fine-tuning", "--out", tmp_path / "a", "mix=[0.5, 0.5]"),
+    )
+    assert code == 0 and "4 voices of 2 models" in out
+    code, out, err = run("generate", tmp_path / "a", "-p", "ab", "--max-new-tokens", 4, "--draft", 2)
+    assert code == 0 and "of the large model" in err
+    assert run("verify", tmp_path / "a")[0] == 0
+    assert "emulated-fine-tuning" in run("inspect", tmp_path / "a")[1]
+    for words, told in (
+        (("port", place / "lora", "--onto", tmp_path / "newer"), "--out"),
+        (("port", place / "lora", "--out", tmp_path / "b"), "onto"),
+        (("port", place / "lora", "--onto", tmp_path / "newer", "--out", tmp_path / "b", "sclae=2"), "scale"),
+        (("assemble", "--large", place / "large", "--out", tmp_path / "b"), "--expert"),
+        (("assemble", "--large", place / "large", "--expert", place / "lora", "--out", tmp_path / "a"), "not empty"),
+        (("generate", place / "small", "-p", "a", "--draft", 2), "only an assembly"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and told in err and err.strip().splitlines()[-1].startswith("error: "), (words, err)
+    assert not (tmp_path / "b").exists()
