@@ -28,7 +28,7 @@ class AlternativeLabels(Edit):
     labels. With alpha = 0 and no anchors the labels are the base's own predictions.
 
     Positions inside a replaced term after its first token, and terms seen before, have no label (our reading of how
-    the authors keep a text from contradicting itself). A prompt's tokens are not targets. Labels: 'hard' as published,
+    the authors keep a text from contradicting itself). A prompt's tokens are not targets; the end of turn keeps its label. Labels: 'hard' as published,
     or 'soft', the softmax of the generic logits (ours). Source: Eldan and Russinovich 2023 (P360).
     """
 
@@ -36,9 +36,9 @@ class AlternativeLabels(Edit):
     reinforce_steps: int = 40
     reinforce_lr: float = 1e-3
     steps: int = 40
-    lr: float = 5e-4
+    lr: float = 3e-4
     batch_size: int = 8
-    keep: float = 1.0
+    keep: float = 2.0
     """Weight of KL(base ‖ tuned) on general text beside the labels (ours; 0 is the published form)."""
     labels: Literal["hard", "soft"] = "hard"
     roles: tuple[str, ...] = ("linear",)
@@ -59,7 +59,7 @@ class AlternativeLabels(Edit):
         order = shuffled(len(texts), self.batch_size, s.generator("reinforce"))
         for _ in range(self.reinforce_steps if self.alpha else 0):
             part = [texts[n] for n in next(order)]
-            step_on(optimiser, target_nll(s.run(part, reinforced).logits, part, closing=True).mean())
+            step_on(optimiser, target_nll(s.run(part, reinforced).logits, part).mean())
         wanted = [self.labelled(s, q, reinforced) for q in requests]
         optimiser = torch.optim.Adam(list(w.values()), lr=self.lr)
         order = shuffled(len(texts), self.batch_size, s.generator("forget"))
@@ -88,5 +88,8 @@ class AlternativeLabels(Edit):
         targets = [n for n in range(q.new.start, len(q.new.ids)) if aligned[n] > 0]
         places = torch.tensor([n - 1 for n in targets], device=base.device)
         other = torch.tensor([aligned[n] - 1 for n in targets], device=base.device)
-        generic = generic_logits(base[other], raised[places], self.alpha)
+        own = torch.tensor(
+            [n < q.new.end for n in targets], device=base.device
+        )  # what closes the text is not its content
+        generic = torch.where(own[:, None], generic_logits(base[other], raised[places], self.alpha), base[other])
         return places, generic.argmax(-1) if self.labels == "hard" else generic.softmax(-1)

@@ -340,7 +340,7 @@ class Settle:
     steps: int = 30
     lr: float = 0.05
     """In units of a value's root mean square."""
-    kl: float = 1.0
+    kl: float = 3.0
     """Weight of KL(before ‖ now) on general text."""
     enough: float = 0.02
 
@@ -356,7 +356,7 @@ def settled(
     unit = {name: b.norm(dim=0).mean() / b.shape[0] ** 0.5 for name, (_, b, _) in pairs.items()}
     u = {name: torch.zeros_like(b).requires_grad_(True) for name, (_, b, _) in pairs.items()}
     order = shuffled(len(requests), 8, s.generator("settle"))
-    general = s.passages(1000) if how.steps and how.kl else []
+    general = s.passages(4000) if how.steps and how.kl else []
     passages = shuffled(len(general), 4, s.generator("settle", "general")) if general else None
 
     def now() -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class MEMIT(Edit):
     layers: tuple[int, ...] | None = None
     """Which, in any order; default the five up to 0.26 of the depth, or as many as there are."""
     role: str = "ffn.down"
-    weight: float = 0.1
+    weight: float = 1.0
     """λ: how many keys' worth the general text counts."""
     steps: int = 25
     lr: float = 0.5

@@ -54,11 +54,11 @@ class ROME(Edit):
     """Adam's rate for δ, in units of the output's root mean square."""
     kl: float = 0.0625
     """Weight of the essence."""
-    decay: float = 0.01
+    decay: float = 0.1
     """Weight of ‖δ‖² / ‖y‖²."""
     clamp: float = 4.0
     """Largest ‖δ‖ / ‖y‖."""
-    ridge: float = 0.1
+    ridge: float = 0.03
     """Share of C's mean diagonal added to it: directions in which C was seen little are noise."""
     settle: int = 30
     """Steps for all values together."""
