@@ -134,6 +134,7 @@ class _Reader(threading.Thread):
         self.stopped = False
 
     def run(self) -> None:
+        torch.set_num_threads(1)  # a team of threads that waits between two looks would take the others' cores
         count = 0
         try:
             for job in self.jobs:
@@ -218,6 +219,7 @@ class _Writer(threading.Thread):
         self.queue.put((name, tensor, buffers))
 
     def run(self) -> None:
+        torch.set_num_threads(1)
         while (row := self.queue.get()) is not None:
             name, tensor, buffers = row
             if self.failed is None:
@@ -350,6 +352,7 @@ def measure(jobs: Sequence[Job], sources: Sequence[Source], *, ahead: int | None
     looking = [j for j in jobs if j.merge is not None and j.merge.looks]
     if not looking:
         return {}
+    threads = torch.get_num_threads()
     reader = _Reader(looking, sources, room() if ahead is None else ahead)
     reader.start()
     noted = {}
@@ -363,6 +366,7 @@ def measure(jobs: Sequence[Job], sources: Sequence[Source], *, ahead: int | None
     finally:
         reader.stop()
         reader.join()
+        torch.set_num_threads(threads)
     return noted
 
 
