@@ -115,7 +115,7 @@ def choose(
     """The way to ship by RULE, and why; None where every way breaks a guard."""
     within = [i for i, way in enumerate(ways) if way.within]
     if not within:
-        return None, "every way breaks a guard: ship none of them"
+        return None, "every way loses more on a guard than its tolerance"
     best = max(within, key=lambda i: (ways[i].target.low, -i))
     top, weights = target_values(checks, replies[best])
     for i in within:

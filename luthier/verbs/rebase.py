@@ -175,6 +175,9 @@ class _Rebase:
         sides = [self._weigh("old base with the delta", "", base, before, before, 0.0),
                  self._weigh("new base alone", "", base, before, base, 0.0)]  # fmt: skip
         shown = 0 if at is None else at
+        lost = [line.check for line in sides[1].guards if line.verdict == "fail"]
+        if at is None and lost:
+            why += f"; the new base alone does so too ({', '.join(dict.fromkeys(lost))}), which no repair of the delta mends"
         return {
             "shipped": None if at is None else ways[at].name,
             "why": why,
