@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.algebra.pleas import average, match, shared, solve
 from luthier.errors import LuthierError
-from luthier.merging.pleas import average, match, shared, solve
 from luthier.parts.assignment import assign
 
 Layers = tuple[Tensor, Tensor]
@@ -71,7 +71,7 @@ def test_p111_pleas() -> None:
 
 
 def _error(w: Tensor, inputs: Layers, outputs: Layers, blocks: object) -> float:
-    from luthier.merging.pleas import placed
+    from luthier.algebra.pleas import placed
 
     pairs = zip(inputs, outputs, "ab", strict=True)
     return sum(float((placed(h, blocks, k) @ w.T - y).square().sum()) for h, y, k in pairs)  # pyright: ignore
