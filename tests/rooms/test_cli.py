@@ -27,6 +27,14 @@ COMMANDS = (
     "papers",
     "doctor",
     "demo",
+    "merge",
+    "diff",
+    "compress",
+    "edit",
+    "port",
+    "assemble",
+    "rebase",
+    "gate",
 )
 HEAVY = ("torch", "transformers", "pydantic", "accelerate", "numpy", "yaml")
 
@@ -149,6 +157,20 @@ BROKEN = {
     "papers P9999": ["P9999", "P489"],
     "papers --status done": ["done", "works"],
     "demo train.lrr=1": ["train.lrr", "train.lr"],
+    "merge": ["plan", "--method", "--list"],
+    "merge missing.yml --out x": ["missing.yml", "there is no such plan"],
+    "merge a b --method tise --out x": ["tise", "ties"],
+    "diff practice --out x": ["tuned", "diff --help"],
+    "compress missing --out x": ["missing", "delta"],
+    "compress no-delta --method bitdleta --out x": ["bitdleta", "bitdelta"],
+    "edit practice missing.jsonl --method rome --out x": ["missing.jsonl"],
+    "edit practice prompts.jsonl --method rmoe --out x": ["rmoe", "rome"],
+    "port missing --onto practice --out x": ["missing"],
+    "port no-delta --onto practice --out x": ["no-delta", "delta.json"],
+    "assemble --large practice --out x": ["--large", "--expert"],
+    "rebase no-delta --onto practice": ["--out", "rebase --help"],
+    "gate base": ["new", "gate --help"],
+    "gate base base --plan missing.yaml": ["missing.yaml"],
 }
 
 
