@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -201,10 +202,22 @@ def test_recipe_runs(recipe, tmp_path, request):
 
 
 def shorten(stage: dict) -> None:
-    """Two steps of a run, and four items of a measurement."""
+    """Two steps of everything that takes steps, and a few records of everything that takes records."""
+    from luthier.delta import EDITS
+
     if plan := stage.get("tune"):
         plan["train"] = {**plan.get("train", {}), "steps": 2, "batch_size": 4, "warmup": 0}
-        plan["data"] = {**plan["data"], "max_length": 128}
+        plan["data"] = {**plan["data"], "max_length": 128, "train": {**plan["data"]["train"], "limit": 64}}
         plan["audit"] = {**plan.get("audit", {}), "enabled": False}
-    if audit := stage.get("audit"):
-        audit |= {"items": 4, "drift_tokens": 64, "samples": 0}
+    if plan := stage.get("compress"):
+        plan |= {"tokens": 512, "steps": 2}
+    if plan := stage.get("edit"):
+        known = {field.name for field in dataclasses.fields(EDITS[plan["method"]])}
+        plan |= {key: 2 for key in ("steps", "epochs") if key in known} | {"score": False}
+        for key in {"records", "train_records"} & set(plan):
+            plan[key] = {**plan[key], "limit": 2}
+    for audit in (stage.get("audit"), stage.get("merge", {}).get("evaluate")):
+        if audit:
+            audit |= {"items": 2, "drift_tokens": 0, "samples": 0}
+            for key in {"target", "guards", "shifted"} & set(audit):
+                audit[key] = [{"source": {"path": path, "split": "test"}, "max_new_tokens": 4} for path in audit[key]]
