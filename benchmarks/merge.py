@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     models = [place / name for name in ("base", "one", "two", "three")]
-    numbers = make(models, args)
+    # In a process of its own: the peak of a started process begins at that of the one that starts it.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        numbers = pool.submit(make, models, args).result()
     peer = importable(args.mergekit)
     read, write = floors(models, place)
     load = os.getloadavg()[0]
