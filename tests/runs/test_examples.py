@@ -89,7 +89,13 @@ def test_quick_is_quick_on_paper() -> None:
 
 def test_the_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    overrides = ["tune.train.steps=2", "tune.data.train.limit=64", "audit.items=3", "audit.drift_tokens=64"]
+    overrides = [
+        "tune.train.precision=fp32",
+        "tune.train.steps=2",
+        "tune.data.train.limit=64",
+        "audit.items=3",
+        "audit.drift_tokens=64",
+    ]
     done = run_stages(ROOT / CHAIN, overrides=overrides, out=tmp_path / "out", progress=False)
     assert [row["name"] for row in done.stages][-1] == "of-merged" and all(row["seconds"] > 0 for row in done.stages)
     assert {c["name"] for c in done.report["audit"]["target"]} == {"translate", "sorting"}
