@@ -207,11 +207,13 @@ class Attached:
         moved = [e for name, t in self.edits.items() if name not in keep for e in t.values()] if was else []
         for edit in reversed(moved):
             edit.swap()
+        torch.clear_autocast_cache()  # else a surrounding autocast goes on with casts of the values that stood there
         try:
             yield self.model
         finally:
             for edit in moved:
                 edit.swap()
+            torch.clear_autocast_cache()
             self.enabled, self.kept = was, held
 
     @contextmanager
