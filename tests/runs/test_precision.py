@@ -112,27 +112,3 @@ def test_what_is_resolved_from_plan_and_hardware() -> None:
     for bad in ({"dtype": "bfloat16", "precision": "fp32"}, {"dtype": "float16", "delta": FULL}):
         with pytest.raises(LuthierError, match="dtype"):
             resolved(True, **bad)
-
-
-def test_switching_off_inside_autocast_shows_the_base_and_back(world: World, tmp_path: Path) -> None:
-    """Autocast keeps casts of parameters that train: they may not outlive the values they were made of."""
-    training = build(world.plan(FULL, train={"precision": "bf16", "steps": 3, "lr": 5e-2}), tmp_path, progress=False)
-    training.train()
-    model, handle, ids = training.base.model.eval(), training.handle, torch.arange(3, 20)[None]
-
-    def logits() -> torch.Tensor:
-        with torch.no_grad():
-            return model(input_ids=ids, use_cache=False).logits.float()
-
-    def cast() -> Any:
-        return torch.autocast("cpu", torch.bfloat16)
-
-    with cast():
-        tuned = logits()
-    with handle.off(), cast():
-        base = logits()
-    assert not torch.equal(tuned, base)
-    with cast():
-        with handle.off():
-            assert torch.equal(logits(), base)
-        assert torch.equal(logits(), tuned)
