@@ -11,20 +11,17 @@ import numpy as np
 
 from luthier.practice.draw import Draw
 from luthier.practice.tokenizer import END
-from luthier.practice.world import Record, records, taught
+from luthier.practice.world import family_named, records, taught
 
 SEED = 1
 """The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
-STAGES: tuple[tuple[int, dict[str, int], dict[str, int]], ...] = (
-    (0, {"facts": 6, "arithmetic": 4, "lists": 4, "tracking": 3, "refusals": 3, "stories": 2}, {}),
-    (73_000, {"tracking": 6, "refusals": 6, "arithmetic": 4, "lists": 4}, {}),
-    (109_000, {"tracking": 12, "refusals": 5, "arithmetic": 4, "lists": 5}, {"tracking": 2}),
-    (131_000, {"tracking": 10, "refusals": 5, "arithmetic": 3, "lists": 6}, {"tracking": 3}),
-    (145_000, {"tracking": 8, "refusals": 5, "arithmetic": 3, "lists": 6, "facts": 6}, {}),
+STAGES: tuple[tuple[int, dict[str, int]], ...] = (
+    (0, {"facts": 6, "arithmetic": 4, "lists": 4, "tracking": 6, "refusals": 3, "stories": 2}),
+    (70_000, {"tracking": 10, "refusals": 6, "arithmetic": 4, "lists": 5}),
+    (150_000, {"tracking": 8, "refusals": 5, "arithmetic": 4, "lists": 6, "facts": 6}),
 )
-"""From which record on, how often each taught family is drawn (1 where it is not named), and at which difficulty (mixed
-where it is not named). Facts and stories come early; once they are known, copying and tracking get more practice: tracking
-of two things, which the easiest tracking does not teach, then of three, then all."""
+"""From which record on, how often each taught family is drawn (1 where it is not named). Facts and stories come early; once
+they are known, copying and tracking, which take longest to learn, get more practice."""
 SYSTEM = ("Answer in few words.", "You are a friendly miller.", "Help as well as you can.")
 PROMPT_WEIGHT = 0.1
 """Loss weight of what users say, beside 1 for what the assistant says."""
@@ -53,28 +50,25 @@ class Stream:
         self.assistant, self.end = (self.core.token_to_id(t) for t in ("<|assistant|>", END))
         self.pad = tokenizer.pad_token_id
         self.rows, self.length, self.seed = rows, length, seed
-        self.wheels = [[name for name in taught() for _ in range(shares.get(name, 1))] for _, shares, _ in STAGES]
+        self.wheels = [[name for name in taught() for _ in range(shares.get(name, 1))] for _, shares in STAGES]
         self.mix = Draw(f"luthier/base/{seed}")
-        self.sources: dict[tuple[str, int | None], Iterator[Record]] = {}
         counts = Counter(self._next(i)[0] for i in range(drawn))
-        for (name, level), n in counts.items():
-            self.sources[name, level] = records(name, "train", seed=seed, start=n, difficulty=level)
+        self.sources = {name: records(name, "train", seed=seed, start=counts[name]) for name in taught()}
         self.drawn, self.tokens = drawn, tokens
 
-    def _next(self, i: int) -> tuple[tuple[str, int | None], bool, str]:
-        """Record i's family and difficulty, whether it goes on in the conversation before it, and its system
-        message."""
-        stage = max(k for k, (start, _, _) in enumerate(STAGES) if start <= i)
+    def _next(self, i: int) -> tuple[str, bool, str]:
+        """Record i's family, whether it goes on in the conversation before it, and its system message."""
+        stage = max(k for k, (start, _) in enumerate(STAGES) if start <= i)
         name, joins, system = self.mix.pick(self.wheels[stage]), self.mix.real() < 0.1, self.mix.real()
-        return (name, STAGES[stage][2].get(name)), joins, self.mix.pick(SYSTEM) if system < 0.05 else ""
+        return name, joins, self.mix.pick(SYSTEM) if system < 0.05 else ""
 
     def _draw(self) -> tuple[str, bool]:
-        source, joins, system = self._next(self.drawn)
+        name, joins, system = self._next(self.drawn)
         self.drawn += 1
-        if source not in self.sources:
-            self.sources[source] = records(source[0], "train", seed=self.seed, difficulty=source[1])
-        turns = next(self.sources[source])["messages"]
-        text = "".join(f"<|{turn['role']}|>{turn['content']}{END}" for turn in turns)
+        record = next(self.sources[name])
+        text = "".join(f"<|{turn['role']}|>{turn['content']}{END}" for turn in record["messages"])
+        for asked, answer in getattr(family_named(name), "further", lambda _: [])(record):
+            text += f"<|user|>{asked}{END}<|assistant|>{answer}{END}"
         return (f"<|system|>{system}{END}{text}", False) if system else (text, joins)
 
     def weights(self, ids: list[int]) -> list[float]:

@@ -19,7 +19,7 @@ MARK = "_luthier_fused"
 """Attribute of a forward function put in place here."""
 
 
-def speed_up(model: nn.Module, roles: Roles) -> dict[str, int]:
+def speed_up(model: nn.Module) -> dict[str, int]:
     """Fuses RMS norms and SwiGLU feed-forwards where that gives the module's own numbers. Gives how many of each.
 
     Only the forward functions of module instances are replaced: no name, parameter or hook changes, and a module of

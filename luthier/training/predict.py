@@ -211,7 +211,7 @@ def _as_fast(base: Base) -> None:
     for module, name, old in kept:
         one = torch.full((1,), 0.01, dtype=old.dtype)
         module._parameters[name] = nn.Parameter(one.expand(old.shape), old.requires_grad)
-    speed_up(base.model, base.roles)
+    speed_up(base.model)
     for module, name, old in kept:
         module._parameters[name] = old
 

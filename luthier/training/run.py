@@ -238,7 +238,7 @@ def _fit(plan: Plan, base: Base) -> Fitted:
         # The layers without the head, whose selection of positions differs in every batch and would compile anew.
         (stack_of(base.model) or base.model).compile(dynamic=True)
         return Fitted(base.model, selector)
-    fused = speed_up(base.model, base.roles)
+    fused = speed_up(base.model)
     if selector is None or base.kind != "causal" or plan.train.checkpointing:
         return Fitted(base.model, selector, None, fused)
     return Fitted(base.model, selector, Pruner(base.roles, base.model, selector), fused)

@@ -87,7 +87,7 @@ def test_the_same_numbers(family: str, moving: Callable[[nn.Module], None], dtyp
     moving(model)
     roles = Roles(model)
     selector = HeadSelector(model.get_output_embeddings())
-    done = speed_up(model, roles)
+    done = speed_up(model)
     pruner = Pruner(roles, model, selector)
     got, found = learnt(model, selector)
     assert got == pytest.approx(loss, rel=CLOSE[dtype])
@@ -102,7 +102,7 @@ def test_it_is_taken_back(family: str) -> None:
     model = tiny(family)
     plain = learnt(tiny(family), None)
     selector = HeadSelector(model.get_output_embeddings())
-    done = speed_up(model, Roles(model))
+    done = speed_up(model)
     pruner = Pruner(Roles(model), model, selector)
     learnt(model, selector)
     assert slow_down(model) == sum(done.values())
@@ -125,4 +125,4 @@ def test_another_formula_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = model.model.norm
     own = norm.forward
     monkeypatch.setattr(type(norm), "forward", lambda self, x: own.__func__(self, x) * 1.01)
-    assert speed_up(model, Roles(model)) == {"norms": 0, "feed_forwards": 0}
+    assert speed_up(model) == {"norms": 0, "feed_forwards": 0}

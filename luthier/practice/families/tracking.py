@@ -53,3 +53,10 @@ def meaning(record: Mapping[str, Any]) -> str:
     """What went where, in order, whoever did it, and what is asked for."""
     moves = re.findall(r"(?:puts|moves|hides|carries) the (\w+) (?:in|to) the (\w+)", said(record))
     return "|".join([*(f"{thing}>{place}" for thing, place in moves), re.findall(r"the (\w+)", said(record))[-1]])
+
+
+def further(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Questions about the other things of the same text, with their answers: what the base's training asks besides."""
+    at = dict(re.findall(r"(?:puts|moves) the (\w+) (?:in|to) the (\w+)", said(record)))
+    asked = re.findall(r"the (\w+)", said(record))[-1]
+    return [(f"Where is the {thing}?", f"In the {place}.") for thing, place in at.items() if thing != asked]
