@@ -127,7 +127,8 @@ def quantile_t(share: float, freedom: float) -> float:
 @dataclass(frozen=True)
 class Plan:
     """What is said before anything is measured: the smallest effect that matters, how many seeds and items will be run,
-    and the spread that a pilot showed. ``sign`` is +1 where the claim is that the method scores higher, -1 for lower."""
+    and the spread that a pilot showed. ``sign`` is +1 where the claim is that the method scores higher, -1 for lower, and
+    0 that both score alike, to within the effect."""
 
     effect: float
     seeds: int
@@ -137,21 +138,22 @@ class Plan:
     level: float = LEVEL
 
     def __post_init__(self) -> None:
-        if not self.effect > 0 or self.sign not in (1, -1):
+        if not self.effect > 0 or self.sign not in (1, 0, -1):
             raise LuthierError(
-                f"protocol: effect {self.effect} with sign {self.sign}; choose an effect above 0, sign 1 or -1"
+                f"protocol: effect {self.effect} with sign {self.sign}; choose an effect above 0, sign 1, 0 or -1"
             )
         if self.seeds < 2 or self.items < 2:
             raise LuthierError(f"protocol: {self.seeds} seeds and {self.items} items; choose 2 of each at least")
 
     def power(self) -> float:
         """Chance that an effect of this size is found, its sign told at ``level`` (two-sided), by the normal
-        approximation around Student's quantile."""
+        approximation around Student's quantile; with sign 0, that arms which are alike are told to be."""
         error = self.spread.error(self.seeds, self.items)
         if error == 0:
             return 1.0
         bar = quantile_t((1 + self.level) / 2, self.spread.freedom(self.seeds, self.items))
-        return _NORMAL.cdf(self.effect / error - bar)
+        found = _NORMAL.cdf(self.effect / error - bar)
+        return found if self.sign else max(0.0, 2 * found - 1)
 
 
 def needed(
@@ -215,7 +217,8 @@ class Verdict:
 
 def judge(plan: Plan, found: Paired, arms: Sequence[Arm] = ()) -> Verdict:
     """Reproduced: the interval lies on the claimed side of zero. Not reproduced: it lies on the other side, or excludes
-    an effect as large as the plan's. Underpowered: neither, or no item differs at all. Raises LuthierError where less was run than planned, or arms
+    an effect as large as the plan's. With sign 0, reproduced: it lies within the plan's effect on both sides of zero; not
+    reproduced: it lies wholly outside. Underpowered: neither, or no item differs at all where some should. Raises LuthierError where less was run than planned, or arms
     were not given as many tries as each other."""
     if found.seeds < plan.seeds or found.items < plan.items:
         raise LuthierError(
@@ -226,6 +229,8 @@ def judge(plan: Plan, found: Paired, arms: Sequence[Arm] = ()) -> Verdict:
     low, high = sorted((plan.sign * found.low, plan.sign * found.high))
     said = f"{found.effect:+.4g} [{found.low:+.4g}, {found.high:+.4g}], {abs(found.errors):.1f} standard errors"
     tuning = tuple(equal_budgets(arms))
+    if plan.sign == 0:
+        return _alike(plan.effect, found, said, tuning)
     if found.error == 0 == found.effect:
         return Verdict("underpowered", "no item differs in any seed, so the noise is not known", tuning)
     if low > 0:
@@ -234,3 +239,11 @@ def judge(plan: Plan, found: Paired, arms: Sequence[Arm] = ()) -> Verdict:
         why = "the other way round" if high < 0 else f"an effect of {plan.effect:g} is excluded"
         return Verdict("not reproduced", f"{said}; {why}", tuning)
     return Verdict("underpowered", f"{said}; neither 0 nor {plan.effect:g} is excluded", tuning)
+
+
+def _alike(bound: float, found: Paired, said: str, tuning: tuple[str, ...]) -> Verdict:
+    if -bound < found.low and found.high < bound:
+        return Verdict("reproduced", f"{said}; a difference of {bound:g} is excluded both ways", tuning)
+    if found.low >= bound or found.high <= -bound:
+        return Verdict("not reproduced", f"{said}; they differ by {bound:g} at least", tuning)
+    return Verdict("underpowered", f"{said}; a difference of {bound:g} is not excluded", tuning)

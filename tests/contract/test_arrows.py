@@ -19,7 +19,7 @@ HOUSE = [
     {"measuring", "bridge"},
     {"algebra"},
     {"practice"},
-    {"recipes"},
+    {"recipes", "effects"},
     {"verbs"},
     {"cli"},
 ]

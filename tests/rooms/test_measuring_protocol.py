@@ -159,3 +159,29 @@ def test_no_difference_at_all():
 def test_plans_that_cannot_be(bad):
     with pytest.raises(LuthierError, match="choose"):
         Plan(**{"effect": 0.1, "seeds": 5, "items": 10, "spread": Spread(0, 0, 1), **bad})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(-0.04, 0.03, 0), (0.01, 0.04, 0), (-0.06, 0.01, 2), (0.02, 0.2, 2), (0.05, 0.09, 1), (-0.3, -0.1, 1)],
+)
+def test_a_tie_is_claimed_within_a_bound(low, high, verdict):
+    plan = Plan(0.05, 5, 100, Spread(0.01, 0.1, 0.1), sign=0)
+    found = Paired((low + high) / 2, 0.01, low, high, 5, 100)
+    assert judge(plan, found).verdict == VERDICTS[verdict]
+
+
+def test_a_ties_power_is_the_share_of_ties_told():
+    rng = np.random.default_rng(1)
+    parts = Spread(0.01, 0.05, 0.2)
+    plan = Plan(0.05, 6, 150, parts, sign=0)
+    told = 0
+    for _ in range(300):
+        d = (
+            rng.normal(0, parts.seeds, (6, 1))
+            + rng.normal(0, parts.items, (1, 150))
+            + rng.normal(0, parts.rest, (6, 150))
+        )
+        told += judge(plan, paired(np.zeros_like(d), d, resamples=200)).verdict == "reproduced"
+    assert 0.5 < plan.power() < 0.999
+    assert told / 300 == pytest.approx(plan.power(), abs=0.08)

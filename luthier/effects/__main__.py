@@ -1,0 +1,68 @@
+"""The command: ``python -m luthier.effects [NAME …]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.effects.contract import effect_named, effects, waiting
+from luthier.effects.page import page
+from luthier.effects.run import SEEDS, run
+from luthier.errors import LuthierError
+
+OUT = Path("effects-build")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the effects named, or all, and writes results.json and effects.md into --out, or where --record says."""
+    parser = argparse.ArgumentParser(prog="python -m luthier.effects", description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="effects to run (default: all)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="folder of the cells that were run (default effects-build)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of the runs that count (default {SEEDS})")
+    parser.add_argument(
+        "--record", type=Path, help="docs folder: results go to evidence/effects.json and effects.md there"
+    )
+    parser.add_argument("--list", action="store_true", help="say what there is and leave")
+    told = parser.parse_args(arguments)
+    try:
+        if told.list:
+            for name in effects():
+                effect = effect_named(name)
+                why = waiting(effect)
+                sys.stdout.write(f"{name}: {effect.ABOUT}{f' (waiting for {why})' if why else ''}\n")
+            return 0
+        if told.workers < 1 or told.seeds < 2:
+            raise LuthierError(f"effects: {told.workers} workers and {told.seeds} seeds; choose 1 and 2 at least")
+        names = list(told.names)
+        for name in names:
+            effect_named(name)
+        _run(names or list(effects()), told)
+    except LuthierError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def _run(names: list[str], told: argparse.Namespace) -> None:
+    told.out.mkdir(parents=True, exist_ok=True)
+    table = told.record / "evidence" / "effects.json" if told.record else told.out / "results.json"
+    words = told.record / "effects.md" if told.record else told.out / "effects.md"
+    results: dict[str, Any] = json.loads(table.read_text()) if table.is_file() else {}
+    results = {name: results[name] for name in results if name in effects()}
+    for name in names:
+        results[name] = run(name, told.out, told.workers, told.seeds, lambda line: sys.stderr.write(f"{line}\n"))
+        for claim in results[name]["claims"]:
+            sys.stdout.write(f"{name}: {claim['says']}: {claim.get('reason', results[name].get('waiting'))}\n")
+        table.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        words.write_text(page(dict(sorted(results.items()))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Intruder dimensions of a tuned model (Shuttleworth et al. 2024): new singular directions that the base does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from luthier.attach.weights import module_at
+
+TOP = 10
+"""Singular directions of the tuned matrix that are looked at, from the largest on."""
+NEAR = 0.5
+"""Largest cosine to any left singular vector of the base below which a direction is an intruder."""
+
+
+def count(before: torch.Tensor, after: torch.Tensor) -> int:
+    """Intruders among the ``TOP`` left singular vectors of ``after``, [out, in] like ``before``."""
+    own = torch.linalg.svd(before.float(), full_matrices=False).U
+    new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :TOP]
+    return int(((own.T @ new).abs().amax(0) < NEAR).sum())
+
+
+def intruders(training: Any) -> list[float]:
+    """Intruders of every matrix inside the layers, in the order of their names."""
+    model, handle = training.base.model, training.handle
+    names = sorted(
+        n for n, m in model.named_modules() if ".layers." in n and isinstance(getattr(m, "weight", None), torch.Tensor)
+    )
+    names = [n for n in names if module_at(model, n).weight.ndim == 2]
+    with handle.off():
+        before = {n: module_at(model, n).weight.detach().clone() for n in names}
+    handle.fold()
+    try:
+        return [float(count(before[n], module_at(model, n).weight.detach())) for n in names]
+    finally:
+        handle.unfold()
