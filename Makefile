@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo practice-base bench clean
+.PHONY: help setup test lint demo practice-base effects bench clean
 
 # The first Python from 3.11 on; `make PYTHON=/path/to/python setup` takes another.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -45,9 +45,12 @@ practice-base: $(STAMP) ## train the practice base anew from its own generator
 	$(BIN)/python -m luthier.practice.train_base --install
 	$(BIN)/python -m luthier.practice.card
 
+effects: $(STAMP) ## look for the papers' effects in the practice world; what was run before is not run again
+	$(BIN)/python -m luthier.effects --record docs
+
 bench: $(STAMP) ## speed and memory beside other trainers
 	$(BIN)/python benchmarks/train.py
 
 clean: ## remove what was built: .venv, caches, reports
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis out demo-report practice-build
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis out demo-report practice-build effects-build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

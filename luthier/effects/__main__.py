@@ -57,11 +57,15 @@ def _run(names: list[str], told: argparse.Namespace) -> None:
     results: dict[str, Any] = json.loads(table.read_text()) if table.is_file() else {}
     results = {name: results[name] for name in results if name in effects()}
     for name in names:
-        results[name] = run(name, told.out, told.workers, told.seeds, lambda line: sys.stderr.write(f"{line}\n"))
+        results[name] = run(name, told.out, told.workers, told.seeds, _say)
         for claim in results[name]["claims"]:
             sys.stdout.write(f"{name}: {claim['says']}: {claim.get('reason', results[name].get('waiting'))}\n")
         table.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
         words.write_text(page(dict(sorted(results.items()))))
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 if __name__ == "__main__":

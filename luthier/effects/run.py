@@ -37,7 +37,7 @@ def digest(name: str) -> str:
     told = blake2b(digest_size=8)
     for part in (effect, lab):
         told.update(inspect.getsource(part).encode())
-    told.update(load_base(BaseSpec(name=effect.BASE)).fingerprint.encode())  # pyright: ignore[reportCallIssue]
+    told.update(str(load_base(BaseSpec(name=effect.BASE)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
     return told.hexdigest()
 
 

@@ -174,7 +174,7 @@ def test_a_tie_is_claimed_within_a_bound(low, high, verdict):
 def test_a_ties_power_is_the_share_of_ties_told():
     rng = np.random.default_rng(1)
     parts = Spread(0.01, 0.05, 0.2)
-    plan = Plan(0.05, 6, 150, parts, sign=0)
+    plan = Plan(0.03, 6, 150, parts, sign=0)
     told = 0
     for _ in range(300):
         d = (

@@ -23,15 +23,21 @@ def count(before: torch.Tensor, after: torch.Tensor) -> int:
 
 def intruders(training: Any) -> list[float]:
     """Intruders of every matrix inside the layers, in the order of their names."""
-    model, handle = training.base.model, training.handle
+    handle: Any = training.handle
+    model: Any = training.base.model
     names = sorted(
         n for n, m in model.named_modules() if ".layers." in n and isinstance(getattr(m, "weight", None), torch.Tensor)
     )
-    names = [n for n in names if module_at(model, n).weight.ndim == 2]
+    names = [n for n in names if _weight(model, n).ndim == 2]
     with handle.off():
-        before = {n: module_at(model, n).weight.detach().clone() for n in names}
+        before = {n: _weight(model, n).clone() for n in names}
     handle.fold()
     try:
-        return [float(count(before[n], module_at(model, n).weight.detach())) for n in names]
+        return [float(count(before[n], _weight(model, n))) for n in names]
     finally:
         handle.unfold()
+
+
+def _weight(model: Any, name: str) -> torch.Tensor:
+    weight: Any = module_at(model, name).weight
+    return weight.detach()
