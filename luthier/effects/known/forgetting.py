@@ -8,7 +8,7 @@ from luthier.effects.lab import Lab, Model
 from luthier.practice.world import taught
 
 ABOUT = "full tuning on a new language forgets 10 to 40 points of what was taught; low rank forgets less, and brings intruder dimensions"
-PAPERS = ("P001",)
+PAPERS = ("P110", "P228", "P363")
 BASE = "practice/s"
 ARMS = {"base": (), "full": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2)}
 CHOSEN_BY = "target"
