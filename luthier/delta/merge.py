@@ -65,6 +65,9 @@ class Merge:
     """Whether `search` finds the models' settings by evaluating merged models."""
     factors: ClassVar[bool] = False
     """Whether it merges the two factors of low-rank changes (`merge_factors`) rather than weights."""
+    units: ClassVar[bool] = False
+    """Whether it merges whole models unit by unit, from their features on calibration text (`match`, `solve`); `merge` is
+    then for what is no linear map."""
     paper: ClassVar[str] = ""
 
     @property

@@ -6,16 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from luthier.errors import LuthierError
+from luthier.plan.calibration import Calibrated
 from luthier.plan.load import override, read_plan
 from luthier.plan.problems import first_problem
-from luthier.plan.schema import BaseSpec, SourceSpec
+from luthier.plan.schema import BaseSpec
 from luthier.plan.yaml import expand
 
 
-class CompressSpec(BaseModel):
+class CompressSpec(Calibrated):
     """A delta, or a base and a tuned checkpoint, in a smaller form."""
 
     model_config = ConfigDict(extra="allow")
@@ -36,9 +37,6 @@ class CompressSpec(BaseModel):
         "auto",
         description="Type the tuned weights are rounded to first; what is kept is stored in it. auto: as they are.",
     )
-    calibration: list[SourceSpec] = Field([], description="Text to calibrate on: a file, or 'practice:FAMILY'.")
-    tokens: int = Field(8192, ge=16, description="Most tokens of it.")
-    length: int = Field(128, ge=8, description="Tokens in a row of it.")
     tune: bool | None = Field(None, description="Tune scales (or all numbers) on the text; default as the method says.")
     steps: int = Field(100, ge=1, description="Steps of that.")
     batch_size: int = Field(4, ge=1, description="Rows in a step.")
@@ -55,12 +53,6 @@ class CompressSpec(BaseModel):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-    @field_validator("calibration", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        value = [value] if isinstance(value, (str, Mapping)) else value
-        return [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _one_source(self) -> CompressSpec:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from luthier.errors import LuthierError, nearest
+from luthier.plan.calibration import Calibrated
 from luthier.plan.load import override, read_plan
 from luthier.plan.schema import Section
 from luthier.plan.yaml import expand
@@ -119,7 +120,7 @@ class TokenizerSpec(Section):
         return value if isinstance(value, Ref) or value in ("union", "base") else Ref.model_validate(value)
 
 
-class MergePlan(Section):
+class MergePlan(Calibrated, Section):
     """Everything a merge is told."""
 
     method: str = Field(..., description="The merge: linear, ties, slerp … ('luthier merge --list').")

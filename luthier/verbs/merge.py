@@ -68,6 +68,8 @@ def merge(
         read = read.model_copy(
             update={"base": Ref.model_validate(_base_of([Path(m.model.path) for m in read.models or []]))}
         )
+    if method.cls.units:
+        return _by_units(read, Path(out), began, sync, progress)
     if _as_delta(read):
         return _deltas(read, method, Path(out), began, progress)
     if method.cls.factors:
@@ -158,6 +160,20 @@ def _write(
         notes += told(said)
         config = config_of(plan, sources, layout, _common(jobs), None if tokens is None else tokens.vocab_size)
         write_beside(new, plan, sources, config, tokens, notes)
+
+
+def _by_units(plan: MergePlan, out: Path, began: float, sync: bool, progress: Shown) -> Merged:
+    """Of two whole models, whose base (of deltas) is no model to be merged."""
+    from luthier.algebra.whole import write_units
+
+    if plan.output == "delta" or plan.rank is not None:
+        raise LuthierError(f"{plan.method} gives a checkpoint of units of its own: leave output and rank out")
+    with _opened(plan) as sources, new_folder(out, sync) as new:
+        refs = [m.model for m in plan.models or []]
+        two = [s for ref, s in zip(plan.refs(), sources, strict=True) if ref in refs]
+        _alike(two)
+        tensors, numbers, notes = write_units(plan, two, new, bytes_of(plan.shard), sync, progress)
+    return Merged(out, "checkpoint", plan.method, tensors, numbers, time.perf_counter() - began, notes)
 
 
 def _alike(sources: Sequence[Source]) -> None:

@@ -110,6 +110,10 @@ def test_settings_and_facts_are_stated(name: str) -> None:
     if cls.searches:
         found = make(name).search(2, lambda each: -abs(each["weight"][0] - 0.2))
         assert set(found) <= set(cls.each) and all(len(v) == 2 for v in found.values())
+    if cls.units:
+        method: Any = make(name)
+        eye, blocks = torch.eye(4, dtype=torch.float64), method.match(torch.eye(4))
+        assert torch.equal(method.solve(eye, eye, torch.eye(4), blocks, blocks), torch.eye(4))
     if cls.factors:
         g = torch.Generator().manual_seed(0)
         pairs = [(torch.randn(4, 10, generator=g), torch.randn(6, 4, generator=g)) for _ in range(3)]
@@ -118,9 +122,5 @@ def test_settings_and_facts_are_stated(name: str) -> None:
 
 
 def test_the_suite_counts_itself() -> None:
-    files = {p.stem for p in Path(luthier.merging.__path__[0]).glob("*.py")} - {
-        "__init__",
-        "engine",
-        "pleas",
-    }  # of whole layers
+    files = {p.stem for p in Path(luthier.merging.__path__[0]).glob("*.py")} - {"__init__", "engine"}
     assert files == {MERGES[n].__module__.rsplit(".", 1)[1] for n in MERGES} and len(MERGES) >= 26
