@@ -41,9 +41,9 @@ lint: $(STAMP) ## style, format and types
 demo: $(STAMP) ## tune the practice base and look at the report, in minutes
 	$(BIN)/luthier demo
 
-practice-base: $(STAMP) ## train the practice base anew from its own generator
-	$(BIN)/python -m luthier.practice.train_base --install
-	$(BIN)/python -m luthier.practice.card
+practice-base: $(STAMP) ## train the practice base anew from its own generator; NAME=s, l, … builds another
+	@if [ -n "$(NAME)" ]; then $(BIN)/python -m luthier.practice.bases $(NAME); else \
+	  $(BIN)/python -m luthier.practice.train_base --install && $(BIN)/python -m luthier.practice.card; fi
 
 effects: $(STAMP) ## look for the papers' effects in the practice world; what was run before is not run again
 	$(BIN)/python -m luthier.effects --record docs

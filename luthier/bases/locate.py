@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+from luthier.bases.built import practice_folder
 from luthier.errors import LuthierError, nearest
 from luthier.plan.schema import BaseSpec
 
@@ -16,16 +16,13 @@ CONNECT_SECONDS = 5.0
 
 
 def locate(spec: BaseSpec, weights: bool = True) -> Path:
-    """The folder of a base: the built-in one, a local folder, the hub's local cache, or a download, in this order.
+    """The folder of a base: a practice base, a local folder, the hub's local cache, or a download, in this order.
 
     A copy in the local cache is used as it is, without asking the hub; state a commit as revision to be exact.
     Raises LuthierError in one line where the base cannot be had.
     """
-    if spec.name == "practice":
-        folder = Path(str(package_files("luthier"))) / "assets" / "practice" / "base"
-        if not (folder / "config.json").is_file():
-            raise LuthierError(f"base practice: not built at {folder}; run `make practice-base`")
-        return folder
+    if spec.name.split("/")[0] == "practice":
+        return practice_folder(spec.name)
     folder = Path(spec.name).expanduser()
     if folder.is_dir():
         return folder

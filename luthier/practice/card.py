@@ -1,4 +1,4 @@
-"""The practice base's card, measured anew: ``python -m luthier.practice.card`` writes card.json and README.md beside it."""
+"""A practice base's card, measured anew: ``python -m luthier.practice.card`` writes card.json and README.md beside it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.bases.built import ASSETS, entry, practice_folder
 from luthier.errors import LuthierError
-from luthier.practice.world import SPLITS, Record, families, family_named, records, taught, untaught, verify
+from luthier.practice.world import SPLITS, Record, families, family_named, records, taught, verify
 
-ASSET = Path(__file__).parent.parent / "assets" / "practice" / "base"
+ASSET = ASSETS / "base"
 COMMAND = "python -m luthier.practice.card"
 LONGEST = 72
 """Most tokens of an answer, unless the right answers of its batch are longer: then a quarter more than the longest."""
@@ -22,12 +23,14 @@ LONGEST = 72
 def load(folder: Path = ASSET) -> tuple[Any, Any]:
     """Model (fp32, in evaluation) and tokenizer of a base's folder."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     if not (folder / "model.safetensors").is_file():
         raise LuthierError(f"practice base: no model in {folder}; train one with python -m luthier.practice.train_base")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval(), tokenizer
+    encoder = AutoConfig.from_pretrained(folder, local_files_only=True).model_type == "bert"
+    builder = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+    return builder.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval(), tokenizer
 
 
 def answers(model: Any, tokenizer: Any, asked: Sequence[Record], batch: int = 64) -> list[str]:
@@ -84,9 +87,52 @@ def perplexity(model: Any, tokenizer: Any, family: str, n: int, seed: int = 0) -
     return math.exp(total / count)
 
 
-def measure(folder: Path = ASSET, n: int = 200, only: Sequence[str] = ()) -> dict[str, Any]:
+def masked(model: Any, tokenizer: Any, family: str, split: str, n: int, seed: int = 0) -> tuple[float, float]:
+    """Of an encoder: (share of masked tokens that it guesses, exp of its mean loss on them) in n records of a split.
+
+    A record is its whole conversation, cut where the rows ended that the encoder was trained on.
+    """
+    import torch
+
+    from luthier.practice.shapes import cover
+    from luthier.practice.train_base import Run
+
+    right, total, count = 0, 0.0, 0
+    asked = list(records(family, split, n, seed))
+    for at in range(0, n, 50):
+        texts = [tokenizer.apply_chat_template(r["messages"], return_dict=False) for r in asked[at : at + 50]]
+        rows = tokenizer.pad({"input_ids": [t[: Run.length] for t in texts]}, padding_side="right", return_tensors="pt")
+        ids, real = rows["input_ids"].to(model.device), rows["attention_mask"].to(model.device)
+        shown, hidden = cover(ids, real.bool(), seed + at, model.config.vocab_size, tokenizer.mask_token_id)
+        with torch.inference_mode():
+            logits = model(input_ids=shown, attention_mask=real).logits[hidden].float()
+        right += int((logits.argmax(-1) == ids[hidden]).sum())
+        total += torch.nn.functional.cross_entropy(logits, ids[hidden], reduction="sum").item()
+        count += int(hidden.sum())
+    return right / count, math.exp(total / count)
+
+
+def figures(model: Any, tokenizer: Any, family: str, n: int) -> tuple[dict[str, float], float]:
+    """(score of each split, perplexity in the test split) of a base in one family."""
+    if model.config.model_type == "bert":
+        found = {split: masked(model, tokenizer, family, split, n) for split in SPLITS}
+        return {split: round(share, 4) for split, (share, _) in found.items()}, round(found["test"][1], 3)
+    scores = {split: round(score(model, tokenizer, family, split, n), 4) for split in SPLITS}
+    return scores, round(perplexity(model, tokenizer, family, n), 3)
+
+
+def told_of(run: dict[str, Any] | None) -> tuple[str, ...]:
+    """The families that a base was told of: those of its run's text, and its parent's."""
+    if run is None or "families" not in run:
+        return taught()
+    own = {name.partition(":")[0] for name in run["families"]}
+    return tuple(name for name in families() if name in own or ("parent" in run and name in taught()))
+
+
+def measure(folder: Path = ASSET, n: int = 200, only: Sequence[str] = (), command: str = COMMAND) -> dict[str, Any]:
     """The card: score per family per split, perplexity per family, what it was trained on and what never. With ``only``
-    some families, the others' figures are those of the folder's present card, which must be of ``n`` items too."""
+    some families, the others' figures are those of the folder's present card, which must be of ``n`` items too.
+    ``command`` is what measures it again."""
     model, tokenizer = load(folder)
     told = folder / "training.json"
     kept: dict[str, Any] = {"scores": {}, "perplexity": {}}
@@ -99,19 +145,24 @@ def measure(folder: Path = ASSET, n: int = 200, only: Sequence[str] = ()) -> dic
                 f"{', '.join(sorted(missing)) or 'none'}; measure all families"
             )
     for name in only or families():
-        kept["scores"][name] = {s: round(score(model, tokenizer, name, s, n), 4) for s in SPLITS}
-        kept["perplexity"][name] = round(perplexity(model, tokenizer, name, n), 3)
+        kept["scores"][name], kept["perplexity"][name] = figures(model, tokenizer, name, n)
+    run = json.loads(told.read_text()) if told.is_file() else None
+    known = told_of(run)
     return {
+        "kind": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
-        "training": json.loads(told.read_text()) if told.is_file() else None,
-        "taught": taught(),
-        "never_taught": untaught(),
+        "training": run,
+        "taught": known,
+        "never_taught": tuple(name for name in families() if name not in known),
         "items": n,
         "scores": {name: kept["scores"][name] for name in families()},
         "perplexity": {name: kept["perplexity"][name] for name in families()},
-        "command": COMMAND,
+        "command": command,
     }
+
+
+WHAT = {"llama": "A Llama", "mixtral": "A mixture of experts", "bert": "A BERT"}
 
 
 def page(card: dict[str, Any]) -> str:
@@ -122,28 +173,27 @@ def page(card: dict[str, Any]) -> str:
         + f" | {card['perplexity'][f]:.2f} | {family_named(f).ABOUT} |"
         for f in (*card["taught"], *card["never_taught"])
     ]
-    run = card["training"]
-    trained = (
-        f"Trained on {run['tokens']:,} tokens ({run['records']:,} records, {run['steps']:,} steps) that the taught families'\n"
-        "generators made, and on nothing else."
-        if run
-        else "Its training is not on record."
-    )
+    run = card["training"] or {}
+    name, kind = run.get("base"), card.get("kind", "llama")
+    again = f"make practice-base NAME={name}" if name else "python -m luthier.practice.train_base --install"
+    about = entry(name)["about"] if name else ""
+    encoder = kind == "bert"
     return "\n".join(
         [
             "---",
             "license: apache-2.0",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {'fill-mask' if encoder else 'text-generation'}",
             "---",
             "",
-            "# The practice base",
+            f"# practice/{name}" if name else "# The practice base",
             "",
-            f"A Llama of {card['parameters'] / 1e6:.1f} million parameters with a vocabulary of {card['vocabulary']:,}, to practise tuning on.",
+            *([f"{about[0].upper()}{about[1:]}.", ""] if about else []),
+            f"{WHAT[kind]} of {card['parameters'] / 1e6:.1f} million parameters with a vocabulary of {card['vocabulary']:,}, to practise tuning on.",
             "It knows a small invented world: well in some families of tasks, not at all in others, so that tuning it has",
-            f"something to gain and something to lose. {trained}",
+            f"something to gain and something to lose. {_training(run)}",
             "",
-            f"Exact match in per cent, greedy, {card['items']} records of each family and split; perplexity of the true answers",
+            f"{'Masked tokens guessed' if encoder else 'Exact match'} in per cent, {'' if encoder else 'greedy, '}{card['items']} records of each family and split; perplexity of the true {'tokens' if encoder else 'answers'}",
             "in the test split.",
             "",
             "| family | taught | train | test | shifted | perplexity | what it asks |",
@@ -152,9 +202,9 @@ def page(card: dict[str, Any]) -> str:
             "",
             f"Never taught: {', '.join(card['never_taught'])}.",
             "",
-            "Train it again: `python -m luthier.practice.train_base --install`"
+            f"Train it again: `{again}`"
             + (f" ({run['steps']:,} steps, {run['threads']} threads, torch {run['torch']})." if run else "."),
-            *([run["note"]] if run and "note" in run else []),
+            *([run["note"]] if "note" in run else []),
             "",
             f"Measure this page again: `{card['command']}`.",
             "",
@@ -162,21 +212,41 @@ def page(card: dict[str, Any]) -> str:
     )
 
 
+def _training(run: dict[str, Any]) -> str:
+    if not run:
+        return "Its training is not on record."
+    amount = f"{run['tokens']:,} tokens ({run['records']:,} records, {run['steps']:,} steps)"
+    if "parent" not in run:
+        return f"Trained on {amount} that the taught families'\ngenerators made, and on nothing else."
+    told = ", ".join(f"{family} {share}" for family, share in run["run"]["mixture"].items())
+    return f"Starting from practice/{run['parent']}, trained on\n{amount} in these shares: {told}."
+
+
+def write(folder: Path, n: int = 200, only: Sequence[str] = (), command: str = "") -> str:
+    """Measure a base's card and write card.json and README.md into its folder; gives the page."""
+    command = command or (COMMAND if folder == ASSET else f"{COMMAND} --base {folder}")
+    card = measure(folder, n, only, command)
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (folder / "README.md").write_text(page(card))
+    return page(card)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--base", type=Path, default=ASSET, help="folder of the base (default: the package's own)")
+    parser.add_argument("--base", default="practice", help="a practice base's name, or its folder (default: practice)")
     parser.add_argument("--items", type=int, default=200, help="records of each family and split (default 200)")
     parser.add_argument("--families", default="", help="measure these only, keep the card's other figures (a,b,…)")
     told = parser.parse_args(arguments)
     try:
-        card = measure(told.base, told.items, [name for name in told.families.split(",") if name])
+        named = told.base.split("/")[0] == "practice"
+        folder = practice_folder(told.base) if named else Path(told.base)
+        command = f"{COMMAND} --base {told.base}" if named and folder != ASSET else ""
+        shown = write(folder, told.items, [name for name in told.families.split(",") if name], command)
     except LuthierError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    (told.base / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (told.base / "README.md").write_text(page(card))
-    sys.stdout.write(page(card))
+    sys.stdout.write(shown)
     return 0
 
 

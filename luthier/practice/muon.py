@@ -24,7 +24,8 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices only. ``lr`` is AdamW's; Nesterov momentum; decoupled weight decay."""
+    """For matrices, and for stacks of matrices (experts), each made orthogonal by itself. ``lr`` is AdamW's; Nesterov
+    momentum; decoupled weight decay."""
 
     def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -40,6 +41,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(state["momentum"], group["momentum"]))
+                ahead = p.grad.lerp(state["momentum"], group["momentum"])
+                update = orthogonal(ahead) if p.ndim == 2 else torch.stack([orthogonal(one) for one in ahead])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader, IterableDataset
 
 from luthier.practice.draw import Draw
 from luthier.practice.tokenizer import END
-from luthier.practice.world import family_named, records, taught
+from luthier.practice.world import Record, family_named, records, taught
 
 SEED = 1
 """The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
@@ -43,22 +44,42 @@ class Stream:
     ``tokens`` counts those in batches, without padding."""
 
     def __init__(
-        self, tokenizer: Any, rows: int, length: int, drawn: int = 0, tokens: int = 0, seed: int = SEED
+        self,
+        tokenizer: Any,
+        rows: int,
+        length: int,
+        drawn: int = 0,
+        tokens: int = 0,
+        seed: int = SEED,
+        mixture: Mapping[str, int] | None = None,
+        stretch: float = 1.0,
     ) -> None:
-        """``tokenizer`` is the practice tokenizer; rows and length give the shape of every batch."""
+        """``tokenizer`` is the practice tokenizer; rows and length give the shape of every batch.
+
+        mixture: how often each family is drawn, in place of the stages; ``recall:1`` is a family at one difficulty. Records
+        longer than a row are then left out. stretch: the stages begin at this many times their record, for longer runs.
+        """
         self.core = tokenizer.backend_tokenizer
         self.assistant, self.end = (self.core.token_to_id(t) for t in ("<|assistant|>", END))
         self.pad = tokenizer.pad_token_id
         self.rows, self.length, self.seed = rows, length, seed
-        self.wheels = [[name for name in taught() for _ in range(shares.get(name, 1))] for _, shares in STAGES]
+        self.mixed = bool(mixture)
+        stages = [(0, dict(mixture))] if mixture else [(round(at * stretch), shares) for at, shares in STAGES]
+        self.starts = [start for start, _ in stages]
+        self.names = tuple(mixture) if mixture else taught()
+        self.wheels = [[name for name in self.names for _ in range(shares.get(name, 1))] for _, shares in stages]
         self.mix = Draw(f"luthier/base/{seed}")
         counts = Counter(self._next(i)[0] for i in range(drawn))
-        self.sources = {name: records(name, "train", seed=seed, start=counts[name]) for name in taught()}
+        self.sources = {name: self._source(name, counts[name]) for name in self.names}
         self.drawn, self.tokens = drawn, tokens
+
+    def _source(self, name: str, start: int) -> Iterator[Record]:
+        family, _, level = name.partition(":")
+        return records(family, "train", seed=self.seed, start=start, difficulty=int(level) if level else None)
 
     def _next(self, i: int) -> tuple[str, bool, str]:
         """Record i's family, whether it goes on in the conversation before it, and its system message."""
-        stage = max(k for k, (start, _) in enumerate(STAGES) if start <= i)
+        stage = max(k for k, start in enumerate(self.starts) if start <= i)
         name, joins, system = self.mix.pick(self.wheels[stage]), self.mix.real() < 0.1, self.mix.real()
         return name, joins, self.mix.pick(SYSTEM) if system < 0.05 else ""
 
@@ -67,7 +88,7 @@ class Stream:
         self.drawn += 1
         record = next(self.sources[name])
         text = "".join(f"<|{turn['role']}|>{turn['content']}{END}" for turn in record["messages"])
-        for asked, answer in getattr(family_named(name), "further", lambda _: [])(record):
+        for asked, answer in getattr(family_named(record["family"]), "further", lambda _: [])(record):
             text += f"<|user|>{asked}{END}<|assistant|>{answer}{END}"
         return (f"<|system|>{system}{END}{text}", False) if system else (text, joins)
 
@@ -91,6 +112,8 @@ class Stream:
         while True:
             text, joins = self._draw()
             ids = self.core.encode(text, add_special_tokens=False).ids
+            if self.mixed and len(ids) > self.length:
+                continue
             fits = [r for r in range(self.rows) if used[r] + len(ids) <= self.length]
             if not fits:
                 self.tokens += sum(used)
@@ -107,3 +130,35 @@ class Stream:
             if first == 0:
                 batch.weight[row, at] = 0.0  # nothing of its own conversation precedes it
             used[row], last = to, row
+
+
+class Ahead:
+    """The same batches, made by another process while the last one is being computed with: for a GPU, which is faster than
+    the stream. ``drawn`` and ``tokens`` are those of the batches handed out so far."""
+
+    def __init__(self, stream: Stream, ready: int = 16) -> None:
+        self.drawn, self.tokens = stream.drawn, stream.tokens
+        loader = DataLoader(_Told(stream), batch_size=None, num_workers=1, prefetch_factor=ready, collate_fn=_same)
+        self.batches = iter(loader)
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        rows, self.drawn, self.tokens = next(self.batches)
+        return rows
+
+
+class _Told(IterableDataset[tuple[Rows, int, int]]):
+    """Each batch with what the stream counts after it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[tuple[Rows, int, int]]:
+        for rows in self.stream:
+            yield rows, self.stream.drawn, self.stream.tokens
+
+
+def _same(batch: Any) -> Any:
+    return batch

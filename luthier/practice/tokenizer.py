@@ -11,12 +11,18 @@ from luthier.practice.world import records, taught
 VOCABULARY = 1536
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL = (PAD, END, "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<think>", "</think>")
+MASK = "<|bos|>"
+"""What stands for a masked token in an encoder: it is in no text."""
 SAMPLE = 6_000
 """Records of each taught family that the merges are learnt from."""
 
 PIECES = r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]|\s"
 """What no merge may cross: a word with its space, one digit, one sign with its space, one white space. Digits stand
 alone because sums are then done figure by figure; signs stand alone so that JSON is spelt as in any other text."""
+
+OTHER_VOCABULARY = 1024
+OTHER_PIECES = r"[0-9]{1,3}| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+"
+"""A second tokenizer's: up to three digits, runs of signs and runs of white space are one piece each."""
 
 TEMPLATE = """\
 {%- if tools -%}
@@ -52,7 +58,7 @@ def sample(each: int = SAMPLE) -> Iterator[str]:
             yield message["content"]
 
 
-def train() -> Any:
+def train(vocabulary: int = VOCABULARY, pieces: str = PIECES) -> Any:
     """Learn the merges and return a transformers fast tokenizer with the chat template; the same one every time."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -60,7 +66,7 @@ def train() -> Any:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -68,7 +74,7 @@ def train() -> Any:
     core.train_from_iterator(
         sample(),
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY,  # pyright: ignore[reportCallIssue]
+            vocab_size=vocabulary,  # pyright: ignore[reportCallIssue]
             special_tokens=list(SPECIAL),  # pyright: ignore[reportCallIssue]
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore[reportCallIssue]
             show_progress=False,  # pyright: ignore[reportCallIssue]

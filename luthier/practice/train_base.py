@@ -7,13 +7,14 @@ its checkpoint, and gives what a run of that length from the start would have gi
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,12 @@ from torch import nn
 
 from luthier.errors import LuthierError
 from luthier.practice.muon import Muon
-from luthier.practice.stream import Rows, Stream
+from luthier.practice.shapes import M, Size, loss_of, new_model
+from luthier.practice.stream import SEED, Ahead, Stream
+from luthier.practice.tokenizer import MASK
 from luthier.training.fast import slow_down, speed_up
 
 ASSET = Path(__file__).parent.parent / "assets" / "practice" / "base"
-
-
-@dataclass(frozen=True)
-class Size:
-    """The model's shape. Defaults are M: 5.5 M parameters, 11 MB in bf16."""
-
-    hidden: int = 256
-    layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    ffn: int = 768
-    context: int = 2048
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,9 @@ class Run:
 
     ``tokens`` are slots of packed rows, padding included; ``lr`` is shared by Muon (matrices inside the layers; its
     step is scaled to AdamW's root mean square) and AdamW (all else); warm-up in steps, then constant, then linear to
-    ``floor`` x lr over the last ``decay`` of the steps.
+    ``floor`` x lr over the last ``decay`` of the steps. ``stream_seed``, ``mixture`` and ``stretch`` are the text's: see
+    ``Stream``. ``marks`` checkpoints along the way are kept as bases, each after twice the steps of the one before, the last
+    one being the end. ``bf16`` computes in it; on a GPU that is always done.
     """
 
     tokens: int = 7_000_000
@@ -60,11 +53,19 @@ class Run:
     clip: float = 1.0
     seed: int = 0
     bf16: bool = False
+    stream_seed: int = SEED
+    mixture: Mapping[str, int] = field(default_factory=dict)
+    stretch: float = 1.0
+    marks: int = 0
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         return max(1, self.tokens // (self.rows * self.length))
+
+    def marked(self) -> dict[int, int]:
+        """Step at which each checkpoint on the way is kept -> its number, from 1."""
+        return {max(1, round(self.steps / 2 ** (self.marks - k))): k for k in range(1, self.marks)}
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at a step, counted from 0."""
@@ -73,49 +74,13 @@ class Run:
         return min(1.0, (step + 1) / max(1, self.warmup)) * (self.floor + (1 - self.floor) * tail)
 
 
-def new_model(size: Size, tokenizer: Any, seed: int) -> Any:
-    """A freshly drawn Llama of this size, fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.ffn,
-        max_position_embeddings=size.context,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config).float()
-
-
-def loss_of(model: Any, rows: Rows, device: torch.device, bf16: bool) -> torch.Tensor:
-    """Weighted mean of the next-token loss over a packed batch; records see only their own conversation."""
-    ids, position, segment, weight = (
-        torch.from_numpy(a).to(device) for a in (rows.ids, rows.position, rows.segment, rows.weight)
-    )
-    length = ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    seen = (segment[:, :, None] == segment[:, None, :]) & causal
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        hidden = model.model(
-            input_ids=ids, position_ids=position, attention_mask=seen[:, None], use_cache=False
-        ).last_hidden_state
-        counted = weight[:, 1:] > 0
-        logits = model.lm_head(hidden[:, :-1][counted])
-    each = nn.functional.cross_entropy(logits.float(), ids[:, 1:][counted], reduction="none")
-    share = weight[:, 1:][counted]
-    return (each * share).sum() / share.sum()
-
-
 def optimisers(model: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, head and norms."""
-    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and routers."""
+    inside = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and (".layers." in n or ".layer." in n) and not n.endswith("mlp.gate.weight")
+    ]
     known = {id(p) for p in inside}
     rest = [p for p in model.parameters() if id(p) not in known]
     return [
@@ -125,7 +90,7 @@ def optimisers(model: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
 
 
 def save_state(
-    folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer], step: int, stream: Stream
+    folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimizer], step: int, stream: Stream | Ahead
 ) -> None:
     """Write model, moments, step and data position as one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
@@ -161,35 +126,40 @@ def load_state(folder: Path, model: nn.Module, opts: Sequence[torch.optim.Optimi
 def train(
     out: Path,
     run: Run = Run(),
-    size: Size = Size(),
+    size: Size = M,
     minutes: float | None = None,
     stop_at: int | None = None,
     every: int = 50,
     tokenizer: Any = None,
+    start: Callable[[], Any] | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Train into the folder ``out``, going on from its checkpoint if there is one; returns this call's losses.
 
     Ends when the run is done (and ``out/base`` holds the base), after ``minutes``, or at step ``stop_at``; in the last
-    two cases a further call goes on. ``every`` is the number of steps between checkpoints. Raises LuthierError if the
-    folder holds a run of other settings, or on a loss that is not finite.
+    two cases a further call goes on. ``every`` is the number of steps between checkpoints. ``start`` makes the model to begin
+    with, fp32; by default a freshly drawn one. ``told`` is written into the base's training.json, and may not differ between
+    calls. Raises LuthierError if the folder holds a run of other settings, or on a loss that is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _same_run(out, run, size)
+    _same_run(out, run, size, told or {})
     if tokenizer is None:
         from luthier.practice import tokenizer as own
 
         tokenizer = own.train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = new_model(size, tokenizer, run.seed).to(device).train()
+    model = (start() if start else new_model(size, tokenizer, run.seed)).to(device).train()
     speed_up(model)
     opts = optimisers(model, run)
     held = (out / "state.safetensors").is_file()
     step, drawn, tokens = load_state(out, model, opts) if held else (0, 0, 0)
-    stream = Stream(tokenizer, run.rows, run.length, drawn, tokens)
-    began, losses, first = time.monotonic(), [], step
+    stream = Stream(tokenizer, run.rows, run.length, drawn, tokens, run.stream_seed, run.mixture or None, run.stretch)
+    batches = Ahead(stream) if device.type == "cuda" else stream
+    mask = tokenizer.convert_tokens_to_ids(MASK)
+    began, losses, first, marked = time.monotonic(), [], step, run.marked()
     last = min(run.steps, stop_at if stop_at is not None else run.steps)
     while step < last and (minutes is None or time.monotonic() - began < 60 * minutes):
-        loss = loss_of(model, next(stream), device, run.bf16)
+        loss = loss_of(model, next(batches), device, run.bf16 or device.type == "cuda", step, mask)
         if not torch.isfinite(loss):
             raise LuthierError(f"practice base: the loss is {loss.item()} at step {step}; lower the learning rate")
         loss.backward()
@@ -201,16 +171,18 @@ def train(
             opt.zero_grad()
         step += 1
         losses.append(loss.item())
+        if step in marked:
+            _keep_mark(out / str(marked[step]), model, tokenizer)
         if step % every == 0 or step == last:
-            save_state(out, model, opts, step, stream)
+            save_state(out, model, opts, step, batches)
             _log(out, run, step, losses[-every:], (step - first) / (time.monotonic() - began))
-    save_state(out, model, opts, step, stream)
+    save_state(out, model, opts, step, batches)
     slow_down(model)
     if step >= run.steps:
         save_base(out / "base", model, tokenizer)
         story = {
-            "tokens": stream.tokens,
-            "records": stream.drawn,
+            "tokens": batches.tokens,
+            "records": batches.drawn,
             "steps": step,
             "tokens_asked": run.tokens,
             "threads": torch.get_num_threads(),
@@ -218,37 +190,50 @@ def train(
             "torch": torch.__version__,
             "run": asdict(run),
             "size": asdict(size),
+            "families": list(stream.names),
+            **(told or {}),
         }
         (out / "base" / "training.json").write_text(json.dumps(story, indent=1) + "\n")
     return losses
+
+
+def _keep_mark(folder: Path, model: Any, tokenizer: Any) -> None:
+    """A base of the model as it is now, whole or not at all; the model stays as it is."""
+    part = folder.with_name(folder.name + ".part")
+    save_base(part, copy.deepcopy(model), tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
 
 
 def save_base(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write the base as a plain Hugging Face folder in bf16. The model itself becomes bf16 by it."""
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig(
-        max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _same_run(out: Path, run: Run, size: Size) -> None:
+def _same_run(out: Path, run: Run, size: Size, told: Mapping[str, Any]) -> None:
     """The length of the run may change until it decays; all else must be as it was."""
     path = out / "run.json"
-    told = {"run": asdict(run), "size": asdict(size)}
+    now = {"run": asdict(run), "size": asdict(size), "told": dict(told)}
     if path.is_file():
-        before = json.loads(path.read_text())
+        held = json.loads(path.read_text())
+        usual = {"run": asdict(Run()), "size": asdict(Size()), "told": {}}  # of settings that older runs did not state
+        before = {part: usual[part] | held.get(part, {}) for part in now}
         differs = [
-            f"{part}.{key}: {before[part][key]} before, {value} now"
-            for part in told
-            for key, value in told[part].items()
+            f"{part}.{key}: {before[part].get(key)} before, {value} now"
+            for part in now
+            for key, value in now[part].items()
             if key != "tokens" and before[part].get(key) != value
         ]
         if differs:
             raise LuthierError(f"practice base: {out} holds another run ({'; '.join(differs)}); choose another --out")
-    path.write_text(json.dumps(told, indent=1) + "\n")
+    path.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def _log(out: Path, run: Run, step: int, losses: list[float], pace: float) -> None:
@@ -275,10 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tokens", type=int, default=Run.tokens, help=f"length of the run (default {Run.tokens})")
     parser.add_argument("--minutes", type=float, help="leave after this long, to be called again (default: never)")
+    parser.add_argument(
+        "--stretch", type=float, default=1.0, help="begin the text's stages at this many times their record (default 1)"
+    )
     parser.add_argument("--install", action="store_true", help="put the finished base into the package")
     told = parser.parse_args(arguments)
     try:
-        train(told.out, Run(tokens=told.tokens), minutes=told.minutes)
+        train(told.out, Run(tokens=told.tokens, stretch=told.stretch), minutes=told.minutes)
         if told.install:
             if not (told.out / "base").is_dir():
                 raise LuthierError(f"practice base: {told.out} is not finished; call again without --minutes")

@@ -1,0 +1,173 @@
+"""Builds the bases that belong together: ``python -m luthier.practice.bases NAME``.
+
+They stand in luthier/assets/practice/bases.yaml. A build goes on from its checkpoint when it is called again, gives the same
+base however often it was interrupted (same machine, threads and torch), and ends with the base's card beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from luthier.bases.built import SHIPPED, entry, home, practice_folder, table
+from luthier.errors import LuthierError
+from luthier.practice import card
+from luthier.practice.shapes import M, Size
+from luthier.practice.tokenizer import MASK
+from luthier.practice.train_base import Run, train
+
+COMMAND = "python -m luthier.practice.bases"
+ITEMS = 200
+"""Records of each family and split in a card."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A row of the table: what a base is, and how it comes about."""
+
+    name: str
+    about: str
+    size: Size = M
+    run: Run = Run()
+    parent: str = ""
+    """The base it starts from; without one it is freshly drawn."""
+    grow: Mapping[str, int] | None = None
+    """How the parent is made larger first: settings of `luthier.practice.grow.grow`."""
+    tokenizer: str = "practice"
+    """`practice` or `other`."""
+    delta: str = ""
+    """The compression in which its change from the parent is kept."""
+
+
+def described(name: str) -> Described:
+    """A base by its short name. Raises LuthierError for an unknown one, and for the one that is not built here."""
+    row = entry(name)
+    if name == SHIPPED:
+        raise LuthierError(
+            f"base practice/{name}: is in the package; train it anew with `python -m luthier.practice.train_base`, or "
+            f"choose another: {', '.join(k for k in table() if k != SHIPPED)}"
+        )
+    plain = {k: v for k, v in row.items() if k not in ("size", "run", "about")}
+    return Described(name, row["about"], Size(**row.get("size", {})), Run(**row.get("run", {})), **plain)
+
+
+def build(
+    base: Described,
+    folder: Path | None = None,
+    minutes: float | None = None,
+    tokens: int | None = None,
+    items: int = ITEMS,
+) -> Path | None:
+    """Trains a base into ``folder`` (default: where `practice/NAME` looks for it) and gives the folder; None where the time
+    was up before the end, to be called again. ``tokens`` makes the run longer or shorter; the stages of the text are
+    stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes none.
+
+    Raises LuthierError where the parent is not built, and where the folder holds a run of other settings.
+    """
+    folder = folder or home() / base.name
+    if (folder / "config.json").is_file():
+        if items and not (folder / "card.json").is_file():
+            card.write(folder, items, command=f"{card.COMMAND} --base practice/{base.name}")
+        return folder
+    start, told, tokenizer = _beginning(base)
+    yard = folder / "build"
+    run = _lengthened(base.run, tokens, yard)
+    train(yard, run, base.size, minutes, tokenizer=tokenizer, start=start, told=told)
+    if not (yard / "base" / "training.json").is_file():
+        return None
+    _settle(yard, folder)
+    if items:
+        card.write(folder, items, command=f"{card.COMMAND} --base practice/{base.name}")
+    return folder
+
+
+def _lengthened(run: Run, tokens: int | None, yard: Path) -> Run:
+    """The run at another length. Its stages stretch with it, but a run that has begun keeps those it began with."""
+    if tokens is None or run.mixture:
+        return replace(run, tokens=tokens or run.tokens)
+    begun = yard / "run.json"
+    held = json.loads(begun.read_text())["run"].get("stretch", 1.0) if begun.is_file() else None
+    return replace(run, tokens=tokens, stretch=held or max(1.0, tokens / run.tokens))
+
+
+def _beginning(base: Described) -> tuple[Callable[[], Any] | None, dict[str, Any], Any]:
+    """(what makes the model to start from, what of it is put on record, the tokenizer)."""
+    about: dict[str, Any] = {"base": base.name, "tokenizer": base.tokenizer}
+    if not base.parent:
+        words = _words(base.tokenizer)
+        if base.size.kind == "bert":
+            words.mask_token = MASK
+        return None, about, words
+    from luthier.bases.fingerprint import fingerprint
+
+    parent, tokenizer = card.load(practice_folder(f"practice/{base.parent}"))
+    about |= {"parent": base.parent, "parent_fingerprint": fingerprint(parent)}
+    if base.grow is None:
+        return partial(_itself, parent), about, tokenizer
+    from luthier.practice.grow import grow
+
+    about["grown"] = dict(base.grow)
+    return partial(grow, parent, **base.grow), about, tokenizer
+
+
+def _itself(model: Any) -> Any:
+    return model
+
+
+def _words(which: str) -> Any:
+    """The practice tokenizer, as it stands in the package or learnt now; or the other one, learnt now."""
+    from transformers import AutoTokenizer
+
+    from luthier.practice import tokenizer
+
+    if which == "other":
+        return tokenizer.train(tokenizer.OTHER_VOCABULARY, tokenizer.OTHER_PIECES)
+    if (card.ASSET / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(card.ASSET, local_files_only=True)
+    return tokenizer.train()
+
+
+def _settle(yard: Path, folder: Path) -> None:
+    """What the run wrote, up into the base's folder; config.json last, which says that all is there."""
+    for mark in sorted(p for p in yard.iterdir() if p.name.isdigit()):
+        shutil.rmtree(folder / mark.name, ignore_errors=True)
+        os.replace(mark, folder / mark.name)
+    for file in sorted((yard / "base").iterdir(), key=lambda p: p.name == "config.json"):
+        os.replace(file, folder / file.name)
+    (yard / "base").rmdir()
+    (yard / "state.safetensors").unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    listed = "; ".join(f"{name}: {row['about']}" for name, row in table().items() if name != SHIPPED)
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=listed)
+    parser.add_argument("name", help="the base to build")
+    parser.add_argument(
+        "--out", type=Path, help="its folder (default: $LUTHIER_PRACTICE/NAME, where practice/NAME looks)"
+    )
+    parser.add_argument("--minutes", type=float, help="leave after this long, to be called again (default: never)")
+    parser.add_argument("--tokens", type=int, help="length of the run (default: the base's own)")
+    parser.add_argument(
+        "--items", type=int, default=ITEMS, help=f"records a family and split in its card (default {ITEMS})"
+    )
+    told = parser.parse_args(arguments)
+    try:
+        folder = build(described(told.name), told.out, told.minutes, told.tokens, told.items)
+    except LuthierError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{folder}\n" if folder else f"{told.name}: not finished; call again\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
