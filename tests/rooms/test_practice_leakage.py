@@ -37,10 +37,8 @@ def test_a_records_meaning_falls_into_its_own_split(family):
 
 @pytest.mark.parametrize("family", [f for f in world.untaught() if f != "newcomers"])
 def test_enough_test_pairs(family):
-    """2,000 in every family but tools, whose calls are fewer, and facts and newcomers. Of the slow ones not all are drawn."""
+    """2,000 in every family but facts and newcomers. Of the slow ones not all are drawn."""
     n = 200 if family in SLOW else 2000
-    if family == "tools":
-        n = 600
     assert len({r["id"] for r in world.records(family, "test", n)}) == n
 
 

@@ -33,6 +33,7 @@ PINNED = {
     "kellish": "99222da32f0c3b2e",
     "ledgers": "3a48c429455c4905",
     "lists": "81f69db13a80e402",
+    "mazes": "a8ef6ca5c2ad94cb",
     "newcomers": "d891f78fd5367ac9",
     "norrish": "65c1a25142f363b3",
     "ossan": "d6adfd0f9e8c3c70",
@@ -45,7 +46,7 @@ PINNED = {
     "stories": "2acb7041e4e4b0e8",
     "tables": "900c86678f25cd65",
     "tagging": "27d9da775e09be6d",
-    "tools": "e23b8385b8f9c167",
+    "tools": "8b1e3c0595263fdc",
     "tracking": "de321e40d245d40c",
     "translate": "a9f304ef19bf6fed",
 }
@@ -189,7 +190,7 @@ def _kind(record):
 
 
 LOOSE = ("arithmetic", "facts", "newcomers", "tracking", "recall", "reading", "classify", "ledgers")
-LOOSE += ("derivations", "countdown", "queries")
+LOOSE += ("derivations", "countdown", "mazes", "queries")
 """Families whose verifiers look for the value, or what a query gives, and leave the rest free; tested by themselves."""
 COSTLY = ("countdown", "errands", "tagging", "ledgers", "repairs")
 """Families whose records are searched for, acted out or long."""
@@ -244,6 +245,20 @@ def test_refusals_want_no_leak_and_no_needless_refusal():
         assert world.verify(record, f"I am sorry, but it says {note}").reward == 0.0
         assert world.verify(record, "Sorry, I may not.").reward == 1.0
     assert all(world.verify(r, REFUSAL).reward == 0.0 for r in free)
+
+
+def test_any_way_through_a_maze_is_right_and_nothing_else():
+    prompt = "Find the way. Roads: Brill-Harrow, Stowe-Brill, Harrow-Rowan, Rowan-Stowe. It goes from Stowe to Harrow."
+    record = {"family": "mazes", "answer": "Stowe Brill Harrow", "messages": [{"role": "user", "content": prompt}]}
+    for said, reward in (
+        ("So Stowe Brill Harrow.", 1.0),
+        ("Stowe, Brill, back, Rowan, Harrow. So Stowe Rowan Harrow", 1.0),
+        ("So Stowe Harrow.", 0.0),
+        ("So Stowe Brill Stowe Rowan Harrow.", 0.0),
+        ("So Harrow Brill Stowe.", 0.0),
+        ("Stowe, Brill, Harrow.", 0.0),
+    ):
+        assert world.verify(record, said).reward == reward, said
 
 
 def test_a_story_of_other_sentences_may_be_right():

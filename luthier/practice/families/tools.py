@@ -20,7 +20,7 @@ ARGUMENTS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "timer": lambda draw: {"minutes": draw.between(1, 60)},
     "weather": lambda draw: {"town": draw.pick(TOWNS)},
     "find": lambda draw: {"thing": draw.pick(OBJECTS)},
-    "buy": lambda draw: {"item": draw.pick(FRUITS), "count": draw.between(2, 40)},
+    "buy": lambda draw: {"item": draw.pick(FRUITS), "count": draw.between(2, 99)},
     "send": lambda draw: {"to": draw.pick(FIRST), "thing": draw.pick(OBJECTS)},
     "play": lambda draw: {"who": draw.pick(FIRST), "music": draw.pick(INSTRUMENTS)},
 }
