@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from luthier.bases.built import SHIPPED, entry, home, practice_folder, table
+from luthier.bases.built import ASSETS, SHIPPED, entry, home, practice_folder, table
 from luthier.errors import LuthierError
 from luthier.practice import card
+from luthier.practice.kept import keep, unfold
 from luthier.practice.shapes import M, Size
 from luthier.practice.tokenizer import MASK
 from luthier.practice.train_base import Run, train
@@ -43,8 +44,8 @@ class Described:
     """How the parent is made larger first: settings of `luthier.practice.grow.grow`."""
     tokenizer: str = "practice"
     """`practice` or `other`."""
-    delta: str = ""
-    """The compression in which its change from the parent is kept."""
+    delta: Sequence[Mapping[str, Any]] = ()
+    """Compressions in which its change from the parent may be kept, smallest first: see `luthier.practice.kept.keep`."""
 
 
 def described(name: str) -> Described:
@@ -65,10 +66,12 @@ def build(
     minutes: float | None = None,
     tokens: int | None = None,
     items: int = ITEMS,
+    stop_at: int | None = None,
 ) -> Path | None:
     """Trains a base into ``folder`` (default: where `practice/NAME` looks for it) and gives the folder; None where the time
-    was up before the end, to be called again. ``tokens`` makes the run longer or shorter; the stages of the text are
-    stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes none.
+    was up, or step ``stop_at`` reached, before the end: to be called again. ``tokens`` makes the run longer or shorter; the
+    stages of the text are stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes
+    none. A base whose delta is in the package is made of that, unless ``tokens`` are stated.
 
     Raises LuthierError where the parent is not built, and where the folder holds a run of other settings.
     """
@@ -77,15 +80,32 @@ def build(
         if items and not (folder / "card.json").is_file():
             card.write(folder, items, command=f"{card.COMMAND} --base practice/{base.name}")
         return folder
+    if tokens is None and (shipped := ASSETS / "deltas" / base.name).is_dir():
+        return _from_delta(base, shipped, folder)
     start, told, tokenizer = _beginning(base)
     yard = folder / "build"
     run = _lengthened(base.run, tokens, yard)
-    train(yard, run, base.size, minutes, tokenizer=tokenizer, start=start, told=told)
+    train(yard, run, base.size, minutes, stop_at, tokenizer=tokenizer, start=start, told=told)
     if not (yard / "base" / "training.json").is_file():
         return None
+    if base.delta:
+        keep(yard / "base", _parent(base), base.delta, items or ITEMS)
     _settle(yard, folder)
     if items:
         card.write(folder, items, command=f"{card.COMMAND} --base practice/{base.name}")
+    return folder
+
+
+def _from_delta(base: Described, shipped: Path, folder: Path) -> Path:
+    """The base of a delta in the package, with the record and the card that were made with it."""
+    new = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(new, ignore_errors=True)
+    unfold(shipped, _parent(base), new)
+    for name in ("training.json", "card.json", "README.md"):
+        if (shipped / name).is_file():
+            os.replace(new / "delta" / name, new / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
     return folder
 
 
@@ -108,7 +128,7 @@ def _beginning(base: Described) -> tuple[Callable[[], Any] | None, dict[str, Any
         return None, about, words
     from luthier.bases.fingerprint import fingerprint
 
-    parent, tokenizer = card.load(practice_folder(f"practice/{base.parent}"))
+    parent, tokenizer = card.load(practice_folder(_parent(base)))
     about |= {"parent": base.parent, "parent_fingerprint": fingerprint(parent)}
     if base.grow is None:
         return partial(_itself, parent), about, tokenizer
@@ -116,6 +136,10 @@ def _beginning(base: Described) -> tuple[Callable[[], Any] | None, dict[str, Any
 
     about["grown"] = dict(base.grow)
     return partial(grow, parent, **base.grow), about, tokenizer
+
+
+def _parent(base: Described) -> str:
+    return "practice" if base.parent == SHIPPED else f"practice/{base.parent}"
 
 
 def _itself(model: Any) -> Any:

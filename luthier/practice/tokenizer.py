@@ -58,7 +58,7 @@ def sample(each: int = SAMPLE) -> Iterator[str]:
             yield message["content"]
 
 
-def train(vocabulary: int = VOCABULARY, pieces: str = PIECES) -> Any:
+def train(vocabulary: int = VOCABULARY, pieces: str = PIECES, each: int = SAMPLE) -> Any:
     """Learn the merges and return a transformers fast tokenizer with the chat template; the same one every time."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def train(vocabulary: int = VOCABULARY, pieces: str = PIECES) -> Any:
     )
     core.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     core.train_from_iterator(
-        sample(),
+        sample(each),
         trainers.BpeTrainer(
             vocab_size=vocabulary,  # pyright: ignore[reportCallIssue]
             special_tokens=list(SPECIAL),  # pyright: ignore[reportCallIssue]

@@ -256,7 +256,8 @@ def test_any_way_through_a_maze_is_right_and_nothing_else():
         ("So Stowe Harrow.", 0.0),
         ("So Stowe Brill Stowe Rowan Harrow.", 0.0),
         ("So Harrow Brill Stowe.", 0.0),
-        ("Stowe, Brill, Harrow.", 0.0),
+        ("Stowe, Brill, Harrow.", 1.0),
+        ("Stowe, Rowan, back, Brill, Harrow.", 0.0),
     ):
         assert world.verify(record, said).reward == reward, said
 

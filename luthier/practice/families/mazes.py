@@ -65,7 +65,8 @@ def _asked(prompt: str) -> tuple[list[list[str]], str, str]:
 
 
 def verify(prompt: str, answer: str, response: str) -> Verdict:
-    """Right if what stands after the last So is a way by roads there are, from the start to the goal, through no town twice."""
+    """Right if what stands after the last So, or all of it where there is none, is a way by roads there are from the start to
+    the goal that comes to no town twice."""
     roads, start, goal = _asked(prompt)
     way = re.findall(r"\w+", response.rpartition("So ")[2])
     if not way or way[0] != start or way[-1] != goal:
