@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import multiprocessing
 import os
+import pkgutil
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -28,14 +30,17 @@ ERRORS = 4.0
 
 
 def digest(name: str) -> str:
-    """What a cell depends on: the effect's own text, that of the bench, and the base's content."""
+    """What a cell depends on: the effect's own text, that of what it shares with others and of the bench, and the base's
+    content."""
     from luthier.bases.load import load_base
-    from luthier.effects import lab
+    from luthier.effects import known, lab
     from luthier.plan.schema import BaseSpec
 
     effect: Any = effect_named(name)
     told = blake2b(digest_size=8)
-    for part in (effect, lab):
+    text = inspect.getsource(effect)
+    shared = [f"{known.__name__}.{m.name}" for m in pkgutil.iter_modules(known.__path__) if m.name.startswith("_")]
+    for part in (effect, lab, *(importlib.import_module(name) for name in shared if name in text)):
         told.update(inspect.getsource(part).encode())
     told.update(str(load_base(BaseSpec(name=effect.BASE)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
     return told.hexdigest()
