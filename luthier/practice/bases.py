@@ -110,12 +110,14 @@ def _from_delta(base: Described, shipped: Path, folder: Path) -> Path:
 
 
 def _lengthened(run: Run, tokens: int | None, yard: Path) -> Run:
-    """The run at another length. Its stages stretch with it, but a run that has begun keeps those it began with."""
-    if tokens is None or run.mixture:
-        return replace(run, tokens=tokens or run.tokens)
+    """The run at another length; its stages stretch with it. One that has begun keeps its stages, and where no length is
+    stated its length."""
     begun = yard / "run.json"
-    held = json.loads(begun.read_text())["run"].get("stretch", 1.0) if begun.is_file() else None
-    return replace(run, tokens=tokens, stretch=held or max(1.0, tokens / run.tokens))
+    if begun.is_file():
+        held = json.loads(begun.read_text())["run"]
+        return replace(run, tokens=tokens or held["tokens"], stretch=held["stretch"])
+    stretch = 1.0 if tokens is None or run.mixture else max(1.0, tokens / run.tokens)
+    return replace(run, tokens=tokens or run.tokens, stretch=stretch)
 
 
 def _beginning(base: Described) -> tuple[Callable[[], Any] | None, dict[str, Any], Any]:

@@ -223,3 +223,4 @@ def test_a_longer_run_stretches_its_stages_and_goes_on_with_those_it_has(tmp_pat
     assert bases._lengthened(SHORT, SHORT.tokens // 2, tmp_path).stretch == 1.0
     train(tmp_path, run, TINY, stop_at=1, tokenizer=words)
     assert bases._lengthened(SHORT, 20 * SHORT.tokens, tmp_path) == replace(run, tokens=20 * SHORT.tokens)
+    assert bases._lengthened(SHORT, None, tmp_path) == run
