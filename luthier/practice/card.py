@@ -205,11 +205,29 @@ def page(card: dict[str, Any]) -> str:
             f"Train it again: `{again}`"
             + (f" ({run['steps']:,} steps, {run['threads']} threads, torch {run['torch']})." if run else "."),
             *([run["note"]] if "note" in run else []),
+            *(_kept(run["kept"], run["parent"]) if "kept" in run else []),
             "",
             f"Measure this page again: `{card['command']}`.",
             "",
         ]
     )
+
+
+def _kept(kept: dict[str, Any], parent: str) -> list[str]:
+    """What the compressions of the change cost, on the families told of; the one it is kept in last."""
+    mean = {"bf16": sum(kept["before"].values()) / len(kept["before"])}
+    mean |= {way["method"]: sum(way["scores"].values()) / len(way["scores"]) for way in kept["tried"]}
+    size = {way["method"]: f"{way['bytes']:,} bytes" for way in kept["tried"]}
+    rows = [f"| {way} | {size.get(way, 'whole')} | {100 * score:.1f} |" for way, score in mean.items()]
+    held = f"Kept as a delta on practice/{parent} by {kept['as']}" if kept["as"] != "bf16" else "Kept whole"
+    return [
+        "",
+        f"{held}. Mean test score of the families told of:",
+        "",
+        "| kept as | size | score |",
+        "|---|---|---|",
+        *rows,
+    ]
 
 
 def _training(run: dict[str, Any]) -> str:

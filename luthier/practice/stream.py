@@ -138,7 +138,12 @@ class Ahead:
 
     def __init__(self, stream: Stream, ready: int = 16) -> None:
         self.drawn, self.tokens = stream.drawn, stream.tokens
-        loader = DataLoader(_Told(stream), batch_size=None, num_workers=1, prefetch_factor=ready, collate_fn=_same)
+        told = {
+            "num_workers": 1,
+            "prefetch_factor": ready,
+            "multiprocessing_context": "fork",
+        }  # generators do not pickle
+        loader = DataLoader(_Told(stream), batch_size=None, collate_fn=_same, **told)
         self.batches = iter(loader)
 
     def __iter__(self) -> Iterator[Rows]:

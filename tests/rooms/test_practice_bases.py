@@ -153,6 +153,7 @@ def test_a_base_kept_as_a_delta_is_its_parent_and_the_delta(home):
         record["as"] == "bitdelta" and record["tried"][0]["bytes"] < (folder / "model.safetensors").stat().st_size / 4
     )
     assert set(record["before"]) == {*world.taught(), "recall"}
+    assert "Kept as a delta on practice/s by bitdelta" in "\n".join(card._kept(record, "s"))
     on, ready = load_base("practice/s"), load_base("practice/m-v2")
     assert on.fingerprint != ready.fingerprint
     handle = Delta.load(folder / "delta").apply(on.model)
