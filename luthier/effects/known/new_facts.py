@@ -6,17 +6,17 @@ from luthier.effects.contract import Cell, Claim, Scores
 from luthier.effects.known._recall import NEVER, asked, told
 from luthier.effects.lab import Lab, Model
 
-ABOUT = "told of 420 new facts 16 times each, in five wordings, full tuning learns them and low rank fewer of them"
+ABOUT = "told of 280 new facts 30 times each, in five wordings, full tuning learns them and low rank fewer of them"
 PAPERS = ("P110", "P095")
 BASE = "practice/s"
-ARMS = {"base": (), "full": (1e-3, 3e-3, 1e-2), "lora": (3e-3, 1e-2, 3e-2)}
+ARMS = {"base": (), "full": (1e-3, 3e-3, 1e-2), "lora": (1e-3, 3e-3, 1e-2)}
 CHOSEN_BY = "known"
 CLAIMS = (
     Claim("full tuning learns new facts", "base:known", "full:known", effect=0.2),
     Claim("low rank learns fewer", "full:known", "lora:known", effect=0.1, sign=-1),
     Claim("low rank learns fewer, asked as it was told", "full:told", "lora:told", effect=0.1, sign=-1),
 )
-PEOPLE, TIMES, ITEMS, BATCH = 60, 16, 210, 16
+PEOPLE, TIMES, ITEMS, BATCH = 40, 30, 210, 16
 
 
 def measures(lab: Lab, cell: Cell) -> Scores:
