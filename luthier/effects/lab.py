@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
+from luthier.delta.artefact import Delta
+from luthier.delta.seals import seals_of
 from luthier.effects.contract import Cell
+from luthier.errors import LuthierError
 from luthier.plan.load import load_plan
 from luthier.practice import card
 from luthier.practice.world import Record, records, verify
+from luthier.sampling.generate import GREEDY, Sampling, generate
 from luthier.training.run import Training, build
 
 TRIAL_SEED = 5
@@ -34,6 +38,13 @@ class Model:
         """1 where the verifier passes the greedy answer, else 0."""
         said = card.answers(self.model, self.tokenizer, asked)
         return [verify(r, s).reward for r, s in zip(asked, said, strict=True)]
+
+    def says(self, asked: Sequence[Record], most: int | None = None, sampling: Sampling = GREEDY) -> list[str]:
+        """An answer to every record, of at most so many tokens (default card.LONGEST), greedy unless told otherwise;
+        an assembly can be asked too."""
+        prompts = [self._prompt(r) for r in asked]
+        ids = generate(self.model, self.tokenizer, prompts, most or card.LONGEST, 64, sampling=sampling)
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
     def losses(self, asked: Sequence[Record]) -> list[float]:
         """Mean loss in nats over the tokens of each record's last turn, its end included."""
@@ -67,6 +78,14 @@ class Model:
         answers = [[*self.tokenizer(option)["input_ids"], self.end] for _ in asked for option in options]
         sums = torch.tensor([float(p.sum()) for p in self.logprobs(prompts, answers)])
         return sums.view(len(asked), len(options)).softmax(1)
+
+    def saved(self, folder: Path) -> str:
+        """Its delta, sealed, as a folder: what a plan, an edit or an assembly can be told to start from."""
+        if self.training is None:
+            raise LuthierError(f"effects: {folder} cannot be written, for this model was not tuned; tune it first")
+        delta = self.training.delta()
+        delta.seals = seals_of(self.training.handle)
+        return str(delta.save(folder))
 
     @property
     def end(self) -> int:
@@ -106,12 +125,14 @@ class Lab:
             gc.collect()
 
     @contextmanager
-    def untouched(self, base: str | None = None) -> Iterator[Model]:
-        """The base as it is, or another."""
+    def untouched(self, base: str | None = None, deltas: Sequence[str | Delta] = ()) -> Iterator[Model]:
+        """The base as it is, or another, or with these deltas (or their folders) on it."""
         from luthier.bases.load import load_base
         from luthier.plan.schema import BaseSpec
 
         got = load_base(BaseSpec(name=base or self.base, dtype="float32"), device=torch.device("cpu"))  # pyright: ignore
+        for delta in deltas:
+            (Delta.load(delta) if isinstance(delta, str) else delta).apply(got.model)
         yield Model(got.model.eval(), got.tokenizer)
         gc.collect()
 

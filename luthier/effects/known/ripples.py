@@ -1,0 +1,109 @@
+"""An edited fact is answered in other wordings; what follows from it is another matter, and something near it is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from luthier.effects.contract import Cell, Claim, Scores
+from luthier.effects.lab import TRIAL_SEED, Lab, Model
+from luthier.practice import edits
+from luthier.practice.families._people import BOTH, NOUNS, TRAITS, people
+from luthier.practice.world import Record
+
+ABOUT = "an edit sticks in its prompt and in paraphrases, and its ripple is not there or is damage"
+PAPERS = ("P057", "P073", "P402")
+BASE = "practice"
+ARMS = {"rome": (0.2, 0.5, 1.0), "locft": (5e-4, 2e-3, 8e-3)}
+CHOSEN_BY = "sound"
+CLAIMS = (
+    Claim("the edit sticks in its prompt", "rome:prompt_before", "rome:prompt", effect=0.5),
+    Claim("and in paraphrases", "rome:paraphrases_before", "rome:paraphrases", effect=0.3),
+    Claim("what follows is known less than paraphrases", "rome:paraphrases", "rome:follows", effect=0.2, sign=-1),
+    Claim("what follows is known less than before", "rome:follows_before", "rome:follows", effect=0.2, sign=-1),
+    Claim("other facts of the person are damaged", "rome:others_before", "rome:others", effect=0.05, sign=-1),
+    Claim("other people's facts are damaged", "rome:neighbours_before", "rome:neighbours", effect=0.05, sign=-1),
+    Claim("tuning one matrix, breadth first, is sounder", "rome:sound", "locft:sound", effect=0.05),
+)
+STEPS, ITEMS, GROUP = 120, 64, 8
+FACTS = {person.name: person.facts for person in people(False)}
+
+
+def measures(lab: Lab, cell: Cell) -> Scores:
+    """Of every edit, the share of its questions answered rightly, before and after; in prompt and paraphrases the new
+    value is right at both times. ``sound``: mean of paraphrases, others and neighbours after.
+
+    The base is taught to name two facts at once, of people whom no edit is about: a question that the new fact decides
+    without wording it. Then it is edited eight people at a time."""
+    from luthier.verbs.edit import edit
+
+    told, delta = _pairs(lab, 16 * STEPS), {"form": "lora", "rank": 16, "alpha": 32}
+    changes = _changes(lab)
+    with lab.tuned(told, delta=delta, steps=STEPS, rate=3e-3) as model:
+        taught = model.saved(lab.scratch / "taught")
+        before = _scores(model, changes, before=True)
+    after: Scores = {}
+    for n in range(0, len(changes), GROUP):
+        group = changes[n : n + GROUP]
+        plan = {"method": cell.arm, "lr": cell.rate, "base": lab.base, "deltas": [taught], "records": group}
+        plan |= {"seed": cell.seed, "moment_tokens": 4000}
+        made = edit(plan, out=lab.scratch / f"edited-{n}").delta
+        with lab.untouched(deltas=[made]) as model:
+            for part, got in _scores(model, group).items():
+                after.setdefault(part, []).extend(got)
+    sound = np.mean([after[part] for part in ("paraphrases", "others", "neighbours")], axis=0)
+    return {f"{part}_before": got for part, got in before.items()} | after | {"sound": sound.tolist()}
+
+
+def _changes(lab: Lab) -> list[dict[str, Any]]:
+    """ITEMS edits, each person once in every 32."""
+    first, each = TRIAL_SEED if lab.cell.trial else 0, 32
+    return [e for seed in range(-(-ITEMS // each)) for e in edits.records("edits", "test", each, first + seed)][:ITEMS]
+
+
+def _scores(model: Model, changes: Sequence[dict[str, Any]], before: bool = False) -> Scores:
+    """Part -> for every change the share of its questions answered rightly."""
+    asked = [_asked(change, before) for change in changes]
+    got = {}
+    for part in asked[0]:
+        right = iter(model.solves([question for parts in asked for question in parts[part]]))
+        got[part] = [float(np.mean([next(right) for _ in parts[part]])) for parts in asked]
+    return got
+
+
+def _asked(change: dict[str, Any], before: bool) -> dict[str, list[Record]]:
+    name = change["subject"]
+    trait = next(t for t, kind in TRAITS.items() if kind.asked[0].format(name) == change["prompt"])
+    new = next(v for v in TRAITS[trait].values if TRAITS[trait].reply.format(v) == change["target_new"])
+    facts = FACTS[name] if before else {**FACTS[name], trait: new}
+    others = [t for t in TRAITS if t != trait]
+    near = {n["prompt"] for n in change["neighbours"]}
+    ask = TRAITS[trait].asked[0].format
+    return {
+        "prompt": [_record(ask(name), new)],
+        "paraphrases": [_record(prompt, new) for prompt in change["paraphrases"]],
+        "follows": [_both(name, facts, *pair) for t in others for pair in ((trait, t), (t, trait))],
+        "others": [_record(TRAITS[t].asked[0].format(name), facts[t]) for t in others],
+        "neighbours": [_record(ask(other), told[trait]) for other, told in FACTS.items() if ask(other) in near],
+    }
+
+
+def _pairs(lab: Lab, n: int) -> list[Record]:
+    """Two facts at once, about the two thirds of the people whom no edit is about, in an order of the cell's own."""
+    spared = {name for k, name in enumerate(FACTS) if k % 3}
+    every = [_both(name, FACTS[name], *pair) for name in FACTS if name in spared for pair in permutations(TRAITS, 2)]
+    order = np.random.default_rng(lab.cell.seed).permutation(np.arange(n) % len(every))
+    return [every[k] for k in order]
+
+
+def _both(name: str, facts: dict[str, str], one: str, two: str) -> Record:
+    answer = f"{facts[one]} and {facts[two]}"
+    return _record(BOTH[0].format(NOUNS[one], NOUNS[two], name), answer, f"{answer[0].upper()}{answer[1:]}.")
+
+
+def _record(prompt: str, answer: str, reply: str = "") -> Record:
+    said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply or answer}]
+    return {"messages": said, "answer": answer, "family": "facts", "id": prompt}
