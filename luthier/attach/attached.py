@@ -69,6 +69,9 @@ class Attached:
             p[key], fixed[key], table[key] = dict(p1), dict(f1), site
         if not table:
             raise LuthierError(f"piece '{name}' has no site: nothing would be trained; state other sites")
+        first = p[next(iter(table))]
+        for numbers in p.values():
+            numbers.update({k: first[k].clone() for k in form.shared if numbers[k].shape == first[k].shape})
         return Piece(name, form, table, p, fixed)
 
     def add(self, piece: Piece, *, train: bool = False) -> None:
@@ -91,13 +94,15 @@ class Attached:
             raise
 
     def _place(self, piece: Piece, train: bool) -> None:
+        shared: dict[str, nn.Parameter] = {}
         for key, site in piece.sites.items():
             module = module_at(self.model, site.name)
             weight = getattr(module, site.parameter, None)
             anchor = weight if isinstance(weight, Tensor) else next(self.model.parameters())
             _check_shapes(piece, key, anchor, weight)
             holder = numbers_of(module).piece(_holder(piece.name, site))
-            put(holder, piece.p[key], piece.fixed[key], anchor.device, train)
+            put(holder, piece.p[key], piece.fixed[key], anchor.device, train, shared)
+            shared |= {k: holder.get_parameter(k) for k in piece.form.shared if not shared}
 
             def read(m: nn.Module = module, s: Site = site) -> Tensor:
                 return oriented(getattr(m, s.parameter).detach(), s)
@@ -294,8 +299,9 @@ class Attached:
         """Piece -> (name, parameter) of all that collects gradients now."""
         out: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, placed in self.placed.items():
-            for q in placed:
-                rows = [(f"{name}/{q.state.site.name}/{k}", v) for k, v in q.state.p.items() if v.requires_grad]
+            for n, q in enumerate(placed):
+                own = [(k, v) for k, v in q.state.p.items() if v.requires_grad and not (n and k in q.form.shared)]
+                rows = [(f"{name}/{q.state.site.name}/{k}", v) for k, v in own]
                 out.setdefault(name, []).extend(rows)  # pyright: ignore[reportArgumentType]
         for name, table in self.edits.items():
             rows = [(f"{name}/{key}", e.trained) for key, e in table.items() if e.trained.requires_grad]
@@ -307,7 +313,9 @@ class Attached:
         own = [
             q.form.penalty(q.state) for t in self.placed.values() for q in t if type(q.form).penalty is not Form.penalty
         ]
-        return sum([*own, *self.ctx.aux], 0.0)
+        first = [t[0] for t in self.placed.values() if t]
+        common = [q.form.penalty_shared(q.state) for q in first if q.form.shared]
+        return sum([*own, *common, *self.ctx.aux], 0.0)
 
     @torch.no_grad()
     def delta(self, sites: Mapping[str, Site] | None = None) -> Delta:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.errors import LuthierError
+
 CHILD = "luthier"
 """Name of the child module that holds a site's numbers."""
 
@@ -59,11 +61,25 @@ class Live(Mapping[str, Tensor]):
 
 
 def put(
-    holder: nn.Module, p: Mapping[str, Tensor], fixed: Mapping[str, Tensor], device: torch.device, train: bool
+    holder: nn.Module,
+    p: Mapping[str, Tensor],
+    fixed: Mapping[str, Tensor],
+    device: torch.device,
+    train: bool,
+    shared: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
-    """Registers trained numbers (float32) and constants on the device."""
+    """Registers trained numbers (float32) and constants on the device. shared: parameters of an earlier site that stand
+    for the numbers of their names here too."""
+    common = {k: shared[k] for k in p if shared and k in shared}
+    for name, parameter in common.items():
+        held, own = parameter.detach(), p[name].detach()
+        if held.shape != own.shape or not torch.equal(held.to(own.device), own):
+            raise LuthierError(f"'{name}' is one for all sites, and differs between them: state sites of one width")
     for name, value in p.items():
-        value = value.detach().to(device, copy=True)
-        holder.register_parameter(name, nn.Parameter(value, requires_grad=train and value.is_floating_point()))
+        parameter = common.get(name)
+        if parameter is None:
+            value = value.detach().to(device, copy=True)
+            parameter = nn.Parameter(value, requires_grad=train and value.is_floating_point())
+        holder.register_parameter(name, parameter)
     for name, value in fixed.items():
         holder.register_buffer(name, value.detach().to(device, copy=True), persistent=False)

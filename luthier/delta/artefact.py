@@ -58,7 +58,8 @@ class Piece:
 
     def count(self) -> int:
         """Numbers trained, as the form counts."""
-        return sum(self.form.count(site) for site in self.sites.values())
+        common = self.form.count_shared(next(iter(self.sites.values()))) if self.sites else 0
+        return common + sum(self.form.count(site) for site in self.sites.values())
 
 
 @dataclass

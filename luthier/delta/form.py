@@ -115,6 +115,9 @@ class Form:
     """True for forms without a cheap path: the tensor W + delta is put in the weight's place during forward."""
     stride: ClassVar[float] = 0.05
     """How far its numbers have to be pushed off their start to change anything: more where they start saturated."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Trained numbers that all sites of a piece have in common, of one shape: one parameter on the model, a copy at every
+    site in the delta."""
     paper: ClassVar[str] = ""
 
     def build(self, site: Site, g: Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -143,8 +146,12 @@ class Form:
         return self.dense if isinstance(self.dense, No) else No(f"{type(self).__name__} states no weight change")
 
     def count(self, site: Site) -> int:
-        """How many numbers it trains at a site, as the paper counts."""
+        """How many numbers it trains at a site, as the paper counts; the shared ones apart."""
         raise NotImplementedError(f"{type(self).__name__} has no count")
+
+    def count_shared(self, site: Site) -> int:
+        """How many numbers all its sites have in common."""
+        return 0
 
     def stored(self, site: Site, p: Tensors, fixed: Tensors) -> tuple[Tensors, Tensors]:
         """The numbers as they lie on disk, for forms that code them tighter there than they work with them."""
@@ -155,7 +162,11 @@ class Form:
         return p, fixed
 
     def penalty(self, s: State) -> Tensor | float:
-        """The form's own regulariser."""
+        """The form's own regulariser, at a site."""
+        return 0.0
+
+    def penalty_shared(self, s: State) -> Tensor | float:
+        """The regulariser of what its sites have in common, asked for once, at any of them."""
         return 0.0
 
     def extra(self, s: State) -> tuple[Tensor, Tensor] | Tensor | None:

@@ -81,6 +81,12 @@ class Machine:
                 f"single entries of {key} would train (piece '{edit.piece}'), which FSDP2 cannot "
                 "do on sharded parameters: set train.fsdp: false, or choose whole tensors"
             )
+        handle: Attached | None = self.plain.__dict__.get(HANDLE)
+        if handle and (one := next((p for p in handle.pieces.values() if p.form.shared), None)):
+            raise LuthierError(
+                f"piece '{one.name}' has numbers that its sites share ({', '.join(one.form.shared)}), which FSDP2 cannot "
+                "shard: set train.fsdp: false"
+            )
         if self.model is self.plain and not isinstance(self.model, FSDPModule):
             self.model = fsdp2_prepare_model(self.accelerator, self.plain)
         kinds = {type(p).__name__ for p in self.model.parameters()}

@@ -40,6 +40,7 @@ MORE = [
     Case("sparse", "llama", {"entries": 9, "by": "largest"}),
     Case("signs", "llama", {}, ["embed", "head"]),
     Case("sparsifier", "llama", {"rank": 5}, ["embed", "attn.o", "ffn.down"]),
+    Case("pat", "llama", {"rank": 5, "keep": 0.5, "steps": 100}, ["embed", "attn.o", "ffn.down"]),
     Case("factored", "llama", {"factor": 1.5, "penalty_weight": 0.0}, ["attn"]),
     Case("ternary", "llama", {"density": 0.3}, ["embed", "head"]),
     Case("two-four", "llama", {"bits": 4, "group": 20}, ["embed", "ffn"]),

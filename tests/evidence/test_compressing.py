@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from luthier.algebra.calibrate import loss, read_text
 from luthier.attach import Attached, attached
-from luthier.attach.sites import sites_for
+from luthier.attach.sites import sites_for, sites_of
 from luthier.bases.recast import drop_channels, factor, live_channels, shrink
 from luthier.bases.roles import Roles
 from luthier.bridge.target import logits_of
@@ -251,3 +252,57 @@ def test_p114_sparsified_channels_can_go(tmp_path: Path) -> None:
     folded.save_pretrained(tmp_path / "small")
     again = type(folded).from_pretrained(tmp_path / "small")
     assert again.config.hidden_size == 24 and torch.allclose(quiet(again), masked, atol=1e-5, rtol=1e-4)
+
+
+def test_p114_the_trained_mask(tmp_path: Path) -> None:
+    """Identity at the start; one mask for all sites, that reaches the share asked for and is then fixed; folded and without
+    its channels an ordinary checkpoint gives the masked model's logits by as many fewer operations."""
+    model, steps = tiny(), 60
+    base, roles, handle = quiet(model), Roles(model), attached(model)
+    form = FORMS.make("pat", {"rank": 6, "keep": 0.75, "steps": steps})
+    handle.add(handle.build("hsm", form, sites_for(roles, form, SPARSE)), train=True)
+    handle.add(handle.build("lora", FORMS.make("lora", {"rank": 4}), sites_of(roles, ["linear"])), train=True)
+    sites = handle.placed["hsm"]
+    assert torch.equal(quiet(model), base) and torch.equal(quiet(model.train()), base)
+    logits = sites[0].state.p["logits"]
+    assert all(q.state.p["logits"] is logits for q in sites) and len(sites) == 5
+    rows = [v for table in handle.trained().values() for _, v in table]
+    assert sum(v is logits for v in rows) == 1
+    optimiser, ids = torch.optim.AdamW(rows, lr=0.03, weight_decay=0.0), tiny_ids(8, 16)
+    hard = []
+    for step in range(steps):
+        handle.ctx.step = step
+        optimiser.zero_grad()
+        (model(ids, labels=ids).loss + handle.penalty()).backward()
+        optimiser.step()
+        hard.append(logits.detach().clone())
+    assert abs(int((hard[-1] >= 0).sum()) - 24) <= 4, "the penalty closes about a quarter"
+    assert all(torch.equal(m, hard[47]) for m in hard[48:]) and not torch.equal(hard[46], hard[47]), (
+        "fixed from 0.8 T on"
+    )
+    model.eval()
+    masked = quiet(model)
+    stays = form.mask(sites[0].state).detach()
+    assert stays.unique().tolist() == [0, 1] and int(stays.sum()) == 24, "and the mask exactly a quarter"
+    handle.delta().save(tmp_path / "delta")
+    again = tiny()
+    Delta.load(tmp_path / "delta").apply(again)
+    assert torch.equal(quiet(again), masked), "no step is known where a delta is loaded, and the mask is the same"
+    with FlopCounterMode(display=False) as whole:
+        quiet(tiny())
+    handle.fold()
+    kept = live_channels(model, roles)
+    assert torch.equal(kept, stays.nonzero()[:, 0])
+    folded = tiny()
+    with torch.no_grad():
+        for name, p in folded.named_parameters():
+            p.copy_(model.get_parameter(name))
+    drop_channels(folded, Roles(folded), kept)
+    assert torch.allclose(quiet(folded), masked, atol=1e-5, rtol=1e-4)
+    with FlopCounterMode(display=False) as fewer:
+        quiet(folded)
+    assert 0.74 < fewer.get_total_flops() / whole.get_total_flops() < 0.8, "but for attention itself a quarter goes"
+    with pytest.raises(LuthierError, match="one width"):
+        other = tiny()
+        uneven = sites_for(Roles(other), form, ["ffn.down", "ffn.up"])
+        attached(other).add(attached(other).build("hsm", form, uneven), train=True)
