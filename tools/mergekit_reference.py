@@ -34,15 +34,11 @@ class OurDraws:
 
     def bernoulli(self, p: torch.Tensor) -> torch.Tensor:
         from luthier.parts.draws import Coin, Draw
-        from luthier.parts.trims import spans
 
         flat = p.reshape(-1)
         if bool((flat != flat[0]).any()):
-            return (torch.rand(p.shape, generator=Draw(self.generator).at(0)) < p).to(p.dtype)
-        coin, out = Coin(float(flat[0]), self.generator), torch.ones_like(flat)
-        for a, b in spans(len(flat)):
-            coin.apply(a, out[a:b])
-        return out.view(p.shape)
+            return (Draw(self.generator).uniform(0, len(flat)).view(p.shape) < p).to(p.dtype)
+        return Coin(float(flat[0]), self.generator).apply(0, torch.ones_like(flat)).view(p.shape)
 
 
 def main() -> None:

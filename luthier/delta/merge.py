@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from luthier.parts.spread import Over, alone
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
@@ -33,6 +35,15 @@ class Stack:
     """What `measure` said of every tensor, by name, where the merge looks at the whole model first."""
     notes: dict[str, float] = field(default_factory=dict)
     """What `merge` has to say of this tensor, for the report: {"interpolated linearly": 1.0}; averaged over tensors."""
+    over: Over = alone
+    """Has pieces of the tensor worked on, for merges that can: on all cores where the tensor is alone in memory."""
+    room: Callable[[Tensor], Tensor] | None = None
+    """Memory that is used again for a result like the tensor given; None takes fresh memory."""
+
+    def blank(self) -> Tensor:
+        """A contiguous tensor for the result, of the models' shape and type, its numbers yet to be written."""
+        like = self.tensors[0]
+        return like.new_empty(like.shape) if self.room is None else self.room(like)
 
     def changes(self) -> list[Tensor]:
         """Every model's change of the base."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from luthier.delta.artefact import Piece
 from luthier.delta.form import Context, Form, No, State
 from luthier.delta.probes import _signs as signs
 from luthier.errors import LuthierError
+from luthier.parts.spread import spans
 
 WIDTH = 4
 """Columns of X and of S."""
@@ -53,6 +54,19 @@ def project(change: Tensor, bias: Tensor | None = None) -> list[float]:
         return _rounded(change @ signs(len(change), 4 * WIDTH, 1) / math.sqrt(max(1, len(change))))
     flat = change.reshape(-1, change.shape[-1])
     return _sealed(flat @ signs(flat.shape[1], WIDTH, 1), bias, flat.shape[1])
+
+
+def project_rows(
+    rows: Callable[[int, int], Tensor], shape: tuple[int, int], size: int, flip: bool = False
+) -> list[float]:
+    """`project` of a matrix [n, m], or of its transpose (`flip`), of which no more than `size` rows are made at a time.
+
+    rows: (a, b) to its rows a … b − 1 in float32.
+    """
+    n, m = shape
+    x = signs(n if flip else m, WIDTH, 1)
+    parts = [rows(a, b).t() @ x[a:b] if flip else rows(a, b) @ x for a, b in spans(n, size)]
+    return _sealed(torch.stack(parts).sum(0) if flip else torch.cat(parts), None, len(x))
 
 
 def _sealed(columns: Tensor, bias: Tensor | None, d_in: int) -> list[float]:

@@ -101,3 +101,12 @@ class TensorStream:
             file.close()
             Path(file.name).unlink(missing_ok=True)
         self._parts.clear()
+
+
+def fsync(path: Path) -> None:
+    """Returns when the disk holds the file, or the folder's entries."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

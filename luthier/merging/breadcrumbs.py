@@ -34,7 +34,7 @@ class Breadcrumbs(TaskVectors):
         first = max(0, n - kept - int(gamma * n))
         if not kept:
             return Nothing()
-        return band(chunk, n, first, first + kept, lambda w: torch.sort(w).indices[first : first + kept])
+        return band(chunk, n, first, first + kept, lambda w: torch.sort(w).indices[first : first + kept], t.over)
 
 
 @MERGES.add("breadcrumbs_ties")

@@ -13,7 +13,8 @@ from luthier.delta import MERGES, Stack
 from luthier.errors import LuthierError
 from luthier.merging.engine import Nothing, TaskVectors, Thin, share
 from luthier.parts.draws import Draw
-from luthier.parts.trims import SPAN, Chunk
+from luthier.parts.spread import SPAN
+from luthier.parts.trims import Chunk
 
 
 class MagPrune(Draw):
@@ -33,7 +34,7 @@ class MagPrune(Draw):
         order = torch.argsort(rows.abs(), dim=1)
         table = self.table.view(1, -1, *[1] * (rows.dim() - 2)).expand_as(rows)
         p = torch.empty(rows.shape, dtype=table.dtype).scatter_(1, order, table)
-        rows.mul_((torch.rand(rows.shape, generator=self.at(a)) < p).to(d.dtype))
+        rows.mul_((self.uniform(a, d.numel()).view(rows.shape) < p).to(d.dtype))
         return d
 
 

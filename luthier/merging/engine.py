@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -12,14 +13,15 @@ from torch import Tensor
 from luthier.delta import Merge, Stack
 from luthier.errors import LuthierError
 from luthier.parts.bits import INTEGER
-from luthier.parts.trims import SPAN, Chunk, spans, wide
+from luthier.parts.spread import SPAN, Over
+from luthier.parts.trims import Chunk, wide
 
 
 class Thin(Protocol):
     """Sets the entries of a change that fall out to 0."""
 
     def apply(self, a: int, d: Tensor) -> Tensor:
-        """In place, for the flat piece d that starts at entry a; pieces come in order, from entry 0, as often as asked."""
+        """In place, for the flat piece d that starts at entry a; in any order, by any thread, as often as asked."""
         ...
 
 
@@ -55,13 +57,17 @@ def weighted_sum(t: Stack, normalize: bool) -> Tensor:
         raise LuthierError(
             f"the weights {t.each['weight']} add up to 0 at {t.name}: change one, or set normalize: false"
         )
-    out = torch.empty_like(models[0], memory_format=torch.contiguous_format)
-    for a, b in spans(out.numel()):
+    out = t.blank()
+    flat = out.view(-1)
+
+    def work(a: int, b: int) -> None:
         piece = torch.zeros(b - a, dtype=kind)
         for x, weight in zip(models, weights, strict=True):
             piece.addcmul_(x[a:b].to(kind), weight)
-        out[a:b] = piece.div_(total) if normalize else piece
-    return out.view(t.tensors[0].shape)
+        flat[a:b] = piece.div_(total) if normalize else piece
+
+    t.over(flat.numel(), work)
+    return out
 
 
 @dataclass(frozen=True)
@@ -96,36 +102,47 @@ class TaskVectors(Merge):
 
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None
-        base, models = t.base.reshape(-1), [x.reshape(-1) for x in t.tensors]
-        dtype, n = base.dtype, base.numel()
-        if not n:
-            return t.base.clone()
-        span = self.span(t)
+        base, models, out = t.base.reshape(-1), [x.reshape(-1) for x in t.tensors], t.blank()
+        dtype, n, flat = base.dtype, base.numel(), out.view(-1)
+        span = self.span(t) if n else SPAN
         chunks = [_difference(x, base) for x in models]
-        thins = [self.thin(t, i, chunk) for i, chunk in enumerate(chunks)]
+        thins = [self.thin(t, i, chunk) if n else None for i, chunk in enumerate(chunks)]
         scales = [
-            _regained(thin, chunk, n, span, dtype, self.draws) if thin and self.rescale else 1.0
+            _regained(thin, chunk, n, span, dtype, self.draws, t.over) if thin and self.rescale else 1.0
             for thin, chunk in zip(thins, chunks, strict=True)
         ]
         weights = [fixed(w, dtype) for w in t.each["weight"]]
+        factors = [_factors(scale, weight, dtype) for scale, weight in zip(scales, weights, strict=True)]
         total = fixed(sum(weights), dtype)
-        out = torch.empty_like(base, memory_format=torch.contiguous_format)
-        for a, b in spans(n, span):
+
+        def work(a: int, b: int) -> None:
             parts = []
-            for chunk, thin, scale, weight in zip(chunks, thins, scales, weights, strict=True):
+            for chunk, thin, steps in zip(chunks, thins, factors, strict=True):
                 d = chunk(a, b)
                 if thin:
                     thin.apply(a, d)
-                if scale != 1:
-                    d.mul_(scale)
-                parts.append(d if weight == 1 else d.mul_(weight))
+                for factor in steps:
+                    d.mul_(factor)
+                parts.append(d)
             mixed = _agreed(parts, weights, self.normalize) if self.consensus else _sum(parts)
             if self.normalize and not self.consensus and abs(total) >= 1e-8:
                 mixed.div_(total)
             if self.lambda_ != 1:
                 mixed.mul_(self.lambda_)
-            torch.add(base[a:b], mixed, out=out[a:b])
-        return out.view(t.base.shape)
+            torch.add(base[a:b], mixed, out=flat[a:b])
+
+        t.over(n, work, span)
+        return out
+
+
+def _factors(scale: float, weight: float, dtype: torch.dtype) -> list[float]:
+    """What a change is multiplied by, one after the other, each product rounded; as few as give the same numbers.
+
+    A power of two as weight rounds nothing where the type has float32's range of exponents, so that it joins the scale.
+    """
+    if abs(math.frexp(weight)[0]) == 0.5 and dtype != torch.float16:
+        scale, weight = scale * weight, 1.0
+    return [f for f in (scale, weight) if f != 1]
 
 
 def _difference(x: Tensor, base: Tensor) -> Chunk:
@@ -170,16 +187,18 @@ def _shares(raw: list[Tensor], weights: list[float], dtype: torch.dtype) -> Tens
     return shares.to(dtype)
 
 
-def _regained(thin: Thin, chunk: Chunk, n: int, span: int, dtype: torch.dtype, drawn: bool) -> float:
+def _regained(thin: Thin, chunk: Chunk, n: int, span: int, dtype: torch.dtype, drawn: bool, over: Over) -> float:
     """Σ|d| / Σ|thinned d|, as the type of the arithmetic holds it; 1 where either is next to nothing.
 
     Random masks are worked on in float32 where the type is float16.
     """
-    before = after = 0.0
-    for a, b in spans(n, span):
+
+    def sizes(a: int, b: int) -> tuple[float, float]:
         d = chunk(a, b)
-        before += float(d.abs().sum(dtype=wide(dtype)))
-        after += float(thin.apply(a, d).abs().sum(dtype=wide(dtype)))
+        whole = float(d.to(wide(dtype), copy=True).abs_().sum())
+        return whole, float(thin.apply(a, d).to(wide(dtype), copy=True).abs_().sum())
+
+    before, after = map(sum, zip(*over(n, sizes, span), strict=True))
     kind = torch.float32 if dtype == torch.float16 and (drawn or before >= 65504) else dtype
     before, after = fixed(before, kind), fixed(after, kind)
     return 1.0 if before < 1e-7 or after < 1e-7 else fixed(before / after, kind)

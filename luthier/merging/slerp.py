@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from luthier.delta import MERGES, Merge, Stack
-from luthier.parts.trims import spans, wide
+from luthier.parts.spread import Over, alone, spans
+from luthier.parts.trims import wide
 
 PIECE = 1 << 20
 """Norms and products are summed over pieces of so many entries, as mergekit sums them, so that 16-bit results agree."""
@@ -37,17 +38,19 @@ class Slerp(Merge):
     ordered: ClassVar[bool] = True
     paper: ClassVar[str] = "P054"
 
-    def cosine(self, a: Tensor, b: Tensor) -> Tensor:
+    def cosine(self, a: Tensor, b: Tensor, over: Over = alone) -> Tensor:
         """Of the angle between two flat tensors [n], taken of normalised copies; 0 where either is 0. A scalar tensor.
 
         Above `PIECE` entries of products instead, added up in float64: one pass, in cache.
         """
         kind = wide(a.dtype)
         if a.numel() > PIECE:
-            aa = ab = bb = 0.0
-            for i, j in spans(a.numel()):
+
+            def products(i: int, j: int) -> tuple[float, float, float]:
                 x, y = a[i:j].to(kind), b[i:j].to(kind)
-                aa, ab, bb = aa + float(x.dot(x)), ab + float(x.dot(y)), bb + float(y.dot(y))
+                return float(x.dot(x)), float(x.dot(y)), float(y.dot(y))
+
+            aa, ab, bb = map(sum, zip(*over(a.numel(), products), strict=True))
             scale = math.sqrt(aa) * math.sqrt(bb)
             return torch.tensor(ab / scale if scale > 0 else 0.0, dtype=kind).clamp(-1, 1)
         norms = []
@@ -62,17 +65,20 @@ class Slerp(Merge):
 
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None
-        a, b = t.base.reshape(-1), t.tensors[0].reshape(-1)
-        out = torch.empty_like(a, memory_format=torch.contiguous_format)
+        a, b, out = t.base.reshape(-1), t.tensors[0].reshape(-1), t.blank()
         if not len(a):
-            return out.view(t.base.shape)
-        kind = wide(a.dtype)
-        cosine, share = self.cosine(a, b), torch.tensor(self.t, dtype=kind)
+            return out
+        kind, flat = wide(a.dtype), out.view(-1)
+        cosine, share = self.cosine(a, b, t.over), torch.tensor(self.t, dtype=kind)
         first, second = 1 - share, share
         t.notes["interpolated linearly"] = float(cosine.abs() > STRAIGHT)
         if not t.notes["interpolated linearly"]:
             angle = torch.acos(cosine)
             first, second = torch.sin((1 - share) * angle) / angle.sin(), torch.sin(share * angle) / angle.sin()
-        for i, j in spans(len(a)):
-            out[i:j] = (first * a[i:j].to(kind)).add_(second * b[i:j].to(kind))
-        return out.view(t.base.shape)
+
+        def mix(i: int, j: int) -> None:
+            x, y = a[i:j].to(kind, copy=True).mul_(first), b[i:j].to(kind, copy=True).mul_(second)
+            flat[i:j] = x.add_(y)
+
+        t.over(len(a), mix)
+        return out

@@ -30,4 +30,4 @@ class Ties(TaskVectors):
         if density == 0:
             return Nothing()
         k = max(1, int(density * n))
-        return band(chunk, n, n - k, n, lambda w: torch.argsort(w, descending=True)[:k])
+        return band(chunk, n, n - k, n, lambda w: torch.argsort(w, descending=True)[:k], t.over)

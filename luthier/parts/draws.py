@@ -1,47 +1,66 @@
-"""Random masks in pieces, the same ones again as often as they are asked for."""
+"""Random masks in pieces, the same ones again as often as they are asked for, wherever a piece begins."""
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.parts.bits import INTEGER
+
 
 class Draw:
-    """A stream of draws of its own, split off a generator, that starts anew at entry 0."""
+    """A stream of random numbers of its own, split off a generator, that can be read at any place by any thread."""
 
     def __init__(self, generator: torch.Generator) -> None:
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.start = self.generator.get_state()
+        self._stream, self._at, self._lock = np.random.PCG64(seed), 0, threading.Lock()
 
-    def at(self, a: int) -> torch.Generator:
-        """The generator for the piece that starts at entry a; pieces have to come in order, from entry 0."""
-        if a == 0:
-            self.generator.set_state(self.start)
-        return self.generator
+    def words(self, first: int, count: int) -> Any:
+        """`count` random words from number `first` on, a NumPy array of uint64."""
+        with self._lock:
+            if first != self._at:
+                self._stream.advance((first - self._at) % (1 << 128))
+            self._at = first + count
+            return self._stream.random_raw(count)
+
+    def uniform(self, a: int, n: int) -> Tensor:
+        """n numbers in [0, 1) for the entries from a on, float32 multiples of 2⁻²⁴."""
+        first = a // 2
+        halves = self.words(first, (a + n + 1) // 2 - first).view(np.uint32)[a % 2 :][:n]
+        return torch.from_numpy((halves >> 8).astype(np.float32)).mul_(2**-24)
 
 
 class Coin(Draw):
-    """Keeps every entry with probability `density`, independently.
+    """Keeps every entry with probability `density`, rounded to a multiple of 2⁻²⁴, independently.
 
-    Sixteen random bits an entry decide, and a further draw for the one entry in 65536 that they leave open, so that
-    the probability is exact: a tenth of the time of torch.bernoulli.
+    The binary digits of the density, from the last to the first, join (1) or cut (0) a word of flags with a word of
+    fresh random bits: each step leaves every flag set with the probability that the digits so far spell out. A density
+    of one half takes a single bit an entry, one that bfloat16 holds ten or so.
     """
 
     def __init__(self, density: float, generator: torch.Generator) -> None:
         super().__init__(generator)
-        whole = int(density * 65536)
-        self.limit, self.rest = whole - 32768, density * 65536 - whole
+        code = round(density * 2**24)
+        self.sure = code == 1 << 24
+        digits = [] if self.sure else [code >> i & 1 for i in range(24)]
+        self.digits = digits[digits.index(1) :] if 1 in digits else []
+
+    def flags(self, a: int, n: int) -> Tensor:
+        """1 for those that stay of the n entries from number a on, else 0; uint8."""
+        first = a // 64
+        count, each = (a + n + 63) // 64 - first, len(self.digits)
+        drawn = self.words(first * each, count * each).reshape(count, each)
+        words = np.full(count, 2**64 - 1 if self.sure else 0, np.uint64)
+        for digit, bits in zip(self.digits, drawn.T, strict=True):
+            words = words | bits if digit else words & bits
+        return torch.from_numpy(np.unpackbits(words.view(np.uint8), bitorder="little")[a % 64 :][:n])
 
     def apply(self, a: int, d: Tensor) -> Tensor:
         """Sets the dropped entries of d (a flat piece that starts at entry a) to 0 in place."""
-        n, g = d.numel(), self.at(a)
-        lanes = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None, generator=g).view(torch.int16)[:n]
-        if self.rest:
-            open_ = (lanes == self.limit).nonzero()[:, 0]
-            lanes[open_[torch.rand(len(open_), generator=g) < self.rest]] = -32768
-        if d.dtype.itemsize == 2:
-            d.view(torch.int16).mul_(lanes.lt_(self.limit))
-        else:
-            d.mul_(lanes.lt_(self.limit).to(d.dtype))
+        kind = INTEGER[d.dtype]
+        d.view(kind).mul_(self.flags(a, d.numel()).to(kind))
         return d

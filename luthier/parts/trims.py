@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SPAN = 1 << 16
-"""Entries worked on at a time: a few buffers of this many fit a core's second-level cache."""
+from luthier.parts.spread import SPAN, Over, alone, spans
+
+__all__ = ["SMALL", "SPAN", "Band", "Chunk", "band", "kth", "spans", "wide"]
+
 SMALL = 1 << 20
 """Up to so many entries, those that tie at a limit are told apart by torch's own sort; above, the first ones are kept."""
+BLOCK = 4 * SPAN
+"""Entries counted at a time: more than there are bins, so that adding up the counts is the smaller part."""
 
 Chunk = Callable[[int, int], Tensor]
 """Entries a to b of a flat tensor, on demand: (a, b) -> [b − a]. What it gives may be overwritten by the next call."""
-
-
-def spans(n: int, size: int = SPAN) -> Iterator[tuple[int, int]]:
-    """(0, size), (size, 2 size) … up to n."""
-    for a in range(0, n, size):
-        yield a, min(a + size, n)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -28,36 +29,49 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def _bits(x: Tensor) -> tuple[Tensor, int]:
-    """|x| as integers of the same order, and how many low bits to leave out for a key of at most 16 bits."""
+def _bits(x: Tensor) -> Tensor:
+    """|x| as integers of the same order: 16-bit types in 16 bits, others as float32 in 32."""
     if x.dtype.itemsize > 4:
         x = x.float()
     if x.dtype.itemsize == 2:
-        return x.view(torch.int16).bitwise_and(0x7FFF), 0
-    return x.view(torch.int32).bitwise_and(0x7FFFFFFF), 15
+        return x.view(torch.int16).bitwise_and(0x7FFF)
+    return x.view(torch.int32).bitwise_and(0x7FFFFFFF)
 
 
-def kth(chunk: Chunk, n: int, ranks: list[int]) -> list[tuple[int, int, int]]:
+def _tally(chunk: Chunk, n: int, keys: list[Callable[[Tensor], Tensor]], bins: int, over: Over) -> list[Tensor]:
+    """For every key, from bit patterns to bins, how many of the n entries fall into each bin, int64 [bins]."""
+    totals, lock = [torch.zeros(bins, dtype=torch.int64) for _ in keys], threading.Lock()
+
+    def work(a: int, b: int) -> None:
+        bits = torch.cat([_bits(chunk(a + i, a + j)) for i, j in spans(b - a)])
+        counts = [torch.bincount(key(bits), minlength=bins) for key in keys]
+        with lock:
+            for total, count in zip(totals, counts, strict=True):
+                total += count
+
+    over(n, work, BLOCK)
+    return totals
+
+
+def kth(chunk: Chunk, n: int, ranks: list[int], over: Over = alone) -> list[tuple[int, int, int]]:
     """The magnitudes at the given ranks (0 the smallest) among n entries.
 
     Each as (bits, below, equal): the bit pattern of |x| (of float32 for wider types), how many entries are smaller
     and how many equal. One pass counts the upper 16 bits, for 32-bit types a second one counts the lower 15 bits in
     the bucket that holds the rank. Exact; n must be positive.
     """
-    counts, shift = torch.zeros(1 << 16, dtype=torch.int64), 0
-    for a, b in spans(n):
-        bits, shift = _bits(chunk(a, b))
-        counts += torch.bincount(bits.bitwise_right_shift_(shift) if shift else bits, minlength=1 << 16)
+    shift, bins = (0, 1 << 15) if chunk(0, 1).dtype.itemsize == 2 else (15, 1 << 16)
+    (counts,) = _tally(chunk, n, [lambda bits: bits.bitwise_right_shift(shift) if shift else bits], bins, over)
     upto = counts.cumsum(0)
     buckets = [int(torch.searchsorted(upto, rank, right=True)) for rank in ranks]
     if not shift:
         return [(k, int(upto[k] - counts[k]), int(counts[k])) for k in buckets]
-    size = 1 << shift
-    inside = {k: torch.zeros(size + 2, dtype=torch.int64) for k in buckets}
-    for a, b in spans(n):
-        bits, _ = _bits(chunk(a, b))
-        for k, found in inside.items():  # bins 0 and size + 1 hold what lies outside of the bucket
-            found += torch.bincount(bits.sub(k * size - 1).clamp_(0, size + 1), minlength=size + 2)
+    size, distinct = 1 << shift, list(dict.fromkeys(buckets))
+
+    def within(k: int) -> Callable[[Tensor], Tensor]:
+        return lambda bits: bits.sub(k * size - 1).clamp_(0, size + 1)  # bins 0 and size + 1 hold what lies outside
+
+    inside = dict(zip(distinct, _tally(chunk, n, [within(k) for k in distinct], size + 2, over), strict=True))
     out = []
     for k, rank in zip(buckets, ranks, strict=True):
         below, fine = int(upto[k] - counts[k]), inside[k][1:-1]
@@ -76,53 +90,27 @@ class Band:
 
     low: int
     high: int
-    skip: int = 0
-    """How many of the entries equal to `low` fall out, the first ones, if not all of them stay."""
-    take: int | None = None
-    """How many of the entries equal to `high` stay, the first ones; None for all."""
+    since: int = 0
+    """Of the entries equal to `low`, those before this place fall out."""
+    until: int = sys.maxsize
+    """Of the entries equal to `high`, those from this place on fall out."""
     listed: Tensor | None = None
     """Flags of all entries [n], where a sort has decided."""
 
     def apply(self, a: int, d: Tensor) -> Tensor:
-        """Sets the entries of d (a piece that starts at entry a) to 0 in place, but for those in the band.
-
-        Pieces have to come in order, from entry 0.
-        """
-        if a == 0:
-            self._skip, self._take = self.skip, self.take
+        """Sets the entries of d (a flat piece that starts at entry a) to 0 in place, but for those in the band."""
+        n = d.numel()
         if self.listed is not None:
-            return d.mul_(self.listed[a : a + d.numel()])
-        bits, _ = _bits(d)
-        low, high, dropped = self.low, self.high, None
-        if self._skip:
-            tied = torch.eq(bits, low, out=torch.empty_like(bits))
-            count = int(tied.sum())
-            if count <= self._skip:
-                low += 1  # all that tie here fall out
-                self._skip -= count
-            else:
-                dropped, self._skip = tied.nonzero()[: self._skip, 0], 0
-        if self._take is not None:
-            tied = torch.eq(bits, high, out=torch.empty_like(bits)) if self._take else None
-            count = int(tied.sum()) if tied is not None else 1
-            if tied is None:
-                high -= 1
-            elif count <= self._take:
-                self._take -= count
-            else:
-                dropped, self._take = _join(dropped, tied.nonzero()[self._take :, 0]), 0
-        _zero_outside(d, bits, low, high)
-        if dropped is not None:
-            d[dropped] = 0
+            return d.mul_(self.listed[a : a + n])
+        cuts = {0, n, *(min(max(place - a, 0), n) for place in (self.since, self.until))}
+        for i, j in itertools.pairwise(sorted(cuts)):
+            _zero_outside(d[i:j], self.low + (a + i < self.since), self.high - (a + i >= self.until))
         return d
 
 
-def _join(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else torch.cat([a, b])
-
-
-def _zero_outside(d: Tensor, bits: Tensor, low: int, high: int) -> None:
-    """Multiplies by 0 and 1 as integers of d's width, which is the fastest of ways; overwrites `bits`."""
+def _zero_outside(d: Tensor, low: int, high: int) -> None:
+    """Multiplies by 0 and 1 as integers of d's width, which is the fastest of ways."""
+    bits = _bits(d)
     if d.dtype.itemsize != bits.dtype.itemsize:
         d.mul_(bits.ge(low).logical_and_(bits.le(high)))
         return
@@ -132,13 +120,26 @@ def _zero_outside(d: Tensor, bits: Tensor, low: int, high: int) -> None:
     raw.mul_(bits.ge_(low))
 
 
-def band(chunk: Chunk, n: int, first: int, last: int, sort: Callable[[Tensor], Tensor]) -> Band:
+def _behind(chunk: Chunk, n: int, key: int, count: int) -> int:
+    """The place behind the entry that is the `count`-th with the bit pattern `key`; 0 for none."""
+    if not count:
+        return 0
+    for a, b in spans(n):
+        tied = _bits(chunk(a, b)) == key
+        here = int(tied.count_nonzero())
+        if here >= count:
+            return a + 1 + int(tied.nonzero()[count - 1, 0])
+        count -= here
+    return n
+
+
+def band(chunk: Chunk, n: int, first: int, last: int, sort: Callable[[Tensor], Tensor], over: Over = alone) -> Band:
     """The band of ranks first … last − 1 of n entries given by `chunk`, 0 ≤ first < last ≤ n.
 
     sort: magnitudes [n] to the indices of the band; asked only where entries tie at a limit and n ≤ SMALL.
     """
     top = torch.iinfo(torch.int32).max
-    (low, below, equal), *rest = kth(chunk, n, [first] if last == n else [first, last - 1])
+    (low, below, equal), *rest = kth(chunk, n, [first] if last == n else [first, last - 1], over)
     skip, high, take, same = first - below, top, 0, 0
     if rest:
         high, under, same = rest[0]
@@ -150,4 +151,5 @@ def band(chunk: Chunk, n: int, first: int, last: int, sort: Callable[[Tensor], T
         return Band(low, high, listed=flags)
     if low == high:  # both limits cut through the same ties: the first fall out, those after them stay
         take = skip + last - first
-    return Band(low, high, skip, take if take < same else None)
+    until = _behind(chunk, n, high, take) if take < same else sys.maxsize
+    return Band(low, high, _behind(chunk, n, low, skip), until)

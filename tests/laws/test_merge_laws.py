@@ -162,8 +162,11 @@ def test_bands_keep_exactly_what_ranks_in_them(seed: int, n: int, levels: int, k
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trims, "SMALL", most)
             thin = band(lambda a, b: x[a:b], n, first, last, lambda w: torch.sort(w).indices[first:last])
-        out = x.clone()
+        out, again = x.clone(), x.clone()
         thin.apply(0, out)
+        for a, b in reversed(list(spans(n, 97))):  # in any order and pieces
+            thin.apply(a, again[a:b])
+        assert torch.equal(out, again)
         order = x.float().abs().sort().values
         wanted = torch.cat([torch.zeros(n - last + first), order[first:last]]).sort().values
         assert torch.equal(out.float().abs().sort().values, wanted)
@@ -190,8 +193,9 @@ def test_coins_fall_as_often_as_stated_and_again_alike() -> None:
             torch.ones(n),
             torch.ones(n, dtype=torch.bfloat16),
         )
-        for piece in (out, again):
-            for a, b in spans(n):
-                coin.apply(a, piece[a:b])
+        for a, b in spans(n):
+            coin.apply(a, out[a:b])
+        for a, b in ((1001, n), (0, 64), (64, 1001)):  # in any order and pieces
+            coin.apply(a, again[a:b])
         assert torch.equal(out, again.float())
         assert abs(float(out.sum()) - density * n) < 5 * (n * density * (1 - density)) ** 0.5
