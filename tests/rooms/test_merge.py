@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luthier.algebra import driver
+from luthier.algebra import loads
 from luthier.algebra.driver import run
 from luthier.algebra.jobs import Method, make_jobs
 from luthier.algebra.layout import lay_out
@@ -203,7 +203,7 @@ def test_pieces_give_what_whole_tensors_give(
 ) -> None:
     plan = {"method": "linear", "models": [str(shelf["a"]), str(shelf["a16"])], "weights": [0.3, 0.9]}
     merge(plan, out=tmp_path / "whole")
-    monkeypatch.setattr(driver, "PIECE", 100)
+    monkeypatch.setattr(loads, "PIECE", 100)
     merge(plan | {"shard": "20KB"}, out=tmp_path / "pieces")
     whole, pieces = tensors(tmp_path / "whole"), tensors(tmp_path / "pieces")
     assert whole.keys() == pieces.keys() and all(torch.equal(whole[n], pieces[n]) for n in whole)
@@ -289,7 +289,7 @@ def test_pieces_of_a_base_with_a_delta(
         "output": "checkpoint",
     }
     merge(plan, out=tmp_path / "whole")
-    monkeypatch.setattr(driver, "PIECE", 100)
+    monkeypatch.setattr(loads, "PIECE", 100)
     merge(plan, out=tmp_path / "pieces")
     whole, pieces = tensors(tmp_path / "whole"), tensors(tmp_path / "pieces")
     assert all(torch.equal(whole[n], pieces[n]) for n in whole)
@@ -473,6 +473,10 @@ def bad(kind: str, s: dict[str, Path], d: dict[str, Path], tmp: Path) -> tuple[l
         "delta of checkpoints": ([*two, "linear", "output=delta"], "luthier diff"),
         "text": ([*two, "linear", "weight=much"], "must be a number"),
         "form": ([str(d["x"]), str(d["z"]), "-m", "task_arithmetic", "rank=2"], "full rank"),
+        "delta as base": (
+            [str(d["x"]), "-m", "slerp", "--base", str(d["y"]), "t=0.5"],
+            "is a delta.*output=checkpoint",
+        ),
     }
     return table[kind]
 
@@ -504,7 +508,7 @@ KINDS = (
         "delta of checkpoints",
         "text",
     ]
-    + ["form"]
+    + ["form", "delta as base"]
 )
 
 
