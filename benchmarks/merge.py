@@ -1,9 +1,11 @@
 """Merges of 0.83 B parameters beside mergekit: seconds and peak memory of whole processes, paired in one run.
 
     python benchmarks/merge.py [--mergekit PYTHON] [--layers 16] [--hidden 2048] [--folder DIR] [--methods linear ties]
+                               [--models DIR]
 
 Checkpoints are made on the spot: a base and three tuned ones, Llama-shaped, bfloat16, random, in a temporary folder that
-is removed afterwards. Neither side waits for the disk. --mergekit names a Python in which mergekit is importable;
+is removed afterwards; --models names a folder that keeps them for the next run (of the same shape). Neither side waits
+for the disk. --mergekit names a Python in which mergekit is importable;
 default this one, and without it only our own figures are printed. The floor is what reading the inputs and writing the output takes by itself. The last line
 is one JSON.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -57,6 +60,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--mergekit", default=sys.executable, help="a Python in which mergekit is importable")
     parser.add_argument("--folder", default=None, help="where the temporary folder is made")
+    parser.add_argument("--models", default=None, help="a folder in which the checkpoints stay, to be used again")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--inner", type=int, default=5632)
@@ -67,7 +71,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, place: Path) -> dict[str, Any]:
-    models = [place / name for name in ("base", "one", "two", "three")]
+    home = place if args.models is None else Path(args.models)
+    models = [home / name for name in ("base", "one", "two", "three")]
     # In a process of its own: the peak of a started process begins at that of the one that starts it.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         numbers = pool.submit(make, models, args).result()
@@ -156,7 +161,7 @@ def run(command: list[str], flag: list[str], out: Path) -> dict[str, float]:
 
 
 def make(models: Sequence[Path], args: argparse.Namespace) -> int:
-    """Writes the checkpoints; gives how many numbers one holds."""
+    """Writes the checkpoints, where they are not there; gives how many numbers one holds."""
     h, inner, words = args.hidden, args.inner, args.vocabulary
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (words, h),
@@ -175,10 +180,12 @@ def make(models: Sequence[Path], args: argparse.Namespace) -> int:
         "vocab_size": words, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "tie_word_embeddings": False,
         "dtype": "bfloat16", "hidden_act": "silu",
     }  # fmt: skip
+    if all((folder / "model.safetensors").exists() for folder in models):
+        return sum(math.prod(shape) for shape in shapes.values())
     g = torch.Generator().manual_seed(0)
     base = {name: (torch.randn(shape, generator=g) * 0.02).bfloat16() for name, shape in shapes.items()}
     for k, folder in enumerate(models):
-        folder.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         g = torch.Generator().manual_seed(k)
         tensors = base
