@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.practice import card
+from luthier.practice.train_base import save_base
 
 LOST = 0.01
 """Most that the mean test score over the families told of may lose for a compression to be taken."""
@@ -45,20 +46,24 @@ def keep(trained: Path, parent: str, ways: Sequence[Mapping[str, Any]], items: i
 
 
 def unfold(delta: Path, parent: str, folder: Path) -> None:
-    """The base that a kept delta makes of its parent, in bf16, into a new folder, with the delta beside it."""
+    """The base that a kept delta makes of its parent, in bf16, into a new folder, with the delta beside it.
+
+    Raises LuthierError where the parent is not the base that the delta was made on, or its seals or probes do not hold.
+    """
     from luthier.bases.load import load_base
-    from luthier.bridge.hf import export_hf
-    from luthier.bridge.proof import refuse, same_base
+    from luthier.bridge.proof import holds, refuse, same_base
     from luthier.bridge.target import target
     from luthier.delta.artefact import Delta
     from luthier.plan.schema import BaseSpec
 
     own = Delta.load(delta)
-    on = target(load_base(BaseSpec.model_validate({"name": parent, "dtype": "bfloat16"}), device="cpu"))
+    on = target(load_base(BaseSpec.model_validate({"name": parent, "dtype": "float32"}), device="cpu"))
     refuse([c for c in same_base(own, on) if c.name == "base"], str(delta))
-    export_hf(on, own, folder, max_lost=1.0)  # a change of a thousandth of a weight is below bf16 and is not missed
-    if not (folder / "delta").is_dir():
-        shutil.copytree(delta, folder / "delta")
+    handle = own.apply(on.model)
+    refuse([*holds(own, handle, on)], str(delta))
+    handle.fold()  # in float32, of which what stays exact is told; bf16 comes after
+    save_base(folder, on.model, on.tokenizer)
+    shutil.copytree(delta, folder / "delta")
 
 
 def _folded(trained: Path, parent: str, way: Mapping[str, Any], known: Sequence[str], part: Path) -> int:
