@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.delta import EDITS, Small
-from luthier.editing.engine import Edit, Request, Subject, key, moving, shuffled, step_on, target_kl, target_nll
+from luthier.editing.engine import Edit, Request, Subject, drift, key, moving, target_nll
+from luthier.parts.descent import shuffled, step_on
 
 
 def generic_logits(base: Tensor, reinforced: Tensor, alpha: float) -> Tensor:
@@ -67,16 +68,10 @@ class AlternativeLabels(Edit):
         passages = shuffled(len(general), 4, s.generator("general")) if general else iter([])
         for _ in range(self.steps):
             at, kept = next(order), [general[n] for n in next(passages, [])]
-            logits, losses = s.run([texts[n] for n in at], w).logits, []
-            for row, n in enumerate(at):
-                places, labels = wanted[n]
-                losses.append(F.cross_entropy(logits[row, places], labels))
+            logits = s.run([texts[n] for n in at], w).logits
+            losses = [F.cross_entropy(logits[row, wanted[n][0]], wanted[n][1]) for row, n in enumerate(at)]
             loss = torch.stack(losses).mean()
-            if kept:
-                with torch.no_grad():
-                    before = s.run(kept).logits
-                loss = loss + self.keep * target_kl(s.run(kept, w).logits, before, kept).mean()
-            step_on(optimiser, loss)
+            step_on(optimiser, loss + self.keep * drift(s, kept, w) if kept else loss)
         return {key(site): w[key(site)].detach() for site in sites}
 
     @torch.no_grad()
@@ -88,8 +83,7 @@ class AlternativeLabels(Edit):
         targets = [n for n in range(q.new.start, len(q.new.ids)) if aligned[n] > 0]
         places = torch.tensor([n - 1 for n in targets], device=base.device)
         other = torch.tensor([aligned[n] - 1 for n in targets], device=base.device)
-        own = torch.tensor(
-            [n < q.new.end for n in targets], device=base.device
-        )  # what closes the text is not its content
+        # what closes the text is not its content
+        own = torch.tensor([n < q.new.end for n in targets], device=base.device)
         generic = torch.where(own[:, None], generic_logits(base[other], raised[places], self.alpha), base[other])
         return places, generic.argmax(-1) if self.labels == "hard" else generic.softmax(-1)

@@ -15,14 +15,13 @@ from luthier.editing.engine import (
     Request,
     Subject,
     Text,
+    drift,
     key,
     mean_loss,
     moving,
-    shuffled,
-    step_on,
-    target_kl,
     target_nll,
 )
+from luthier.parts.descent import shuffled, step_on
 
 
 @EDITS.add("canonical")
@@ -74,11 +73,12 @@ class Canonical(Edit):
             passages = shuffled(len(seen), 2, s.generator("passages", lr))
             for step in range(self.steps):
                 part, rest = [texts[n] for n in next(examples)], [seen[n] for n in next(passages)]
-                with torch.no_grad():
-                    before = s.run(rest).logits
-                drift = target_kl(s.run(rest, w).logits, before, rest).mean()
-                loss = target_nll(s.run(part, w).logits, part, closing=True).mean() + self.kl * drift
-                step_on(optimiser, loss, {id(w[name]): mask for name, (_, mask) in masks.items()})
+                asked = target_nll(s.run(part, w).logits, part, closing=True).mean()
+                step_on(
+                    optimiser,
+                    asked + self.kl * drift(s, rest, w),
+                    {id(w[name]): mask for name, (_, mask) in masks.items()},
+                )
                 if (step + 1) % self.every == 0 and (now := mean_loss(s, texts, w, closing=True)) < lowest:
                     if mean_loss(s, ball, w) <= limit:
                         best, lowest = {name: value.detach().clone() for name, value in w.items()}, now

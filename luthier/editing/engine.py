@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from luthier.delta import FORMS, Site, Small
 from luthier.errors import LuthierError
+from luthier.parts.descent import descend, shuffled
 from luthier.parts.logprobs import token_logprobs
 
 Weights = Mapping[str, Tensor]
@@ -201,49 +202,16 @@ def target_kl(logits: Tensor, before: Tensor, texts: Sequence[Text]) -> Tensor:
     return torch.stack(out)
 
 
+def drift(s: Subject, texts: Sequence[Text], weights: Weights) -> Tensor:
+    """Mean KL(base ‖ with `weights`) over the texts' targets, differentiable in the weights."""
+    with torch.no_grad():
+        before = s.run(texts).logits
+    return target_kl(s.run(texts, weights).logits, before, texts).mean()
+
+
 def at_subject(values: Tensor, texts: Sequence[Text]) -> Tensor:
     """[B, d] of values [B, T, d] at each text's subject."""
     return torch.stack([values[n, text.subject] for n, text in enumerate(texts)])
-
-
-def descend(
-    parameters: Sequence[Tensor],
-    loss: Callable[[int], Tensor],
-    *,
-    steps: int,
-    lr: float,
-    after: Callable[[int], None] = lambda step: None,
-    enough: float = -math.inf,
-) -> None:
-    """Adam steps on `parameters` until the loss is below `enough`; `after` is called behind each."""
-    optimiser = torch.optim.Adam(parameters, lr=lr)
-    for step in range(steps):
-        value = loss(step)
-        if float(value.detach()) < enough:
-            return
-        step_on(optimiser, value)
-        after(step)
-
-
-def step_on(optimiser: torch.optim.Optimizer, loss: Tensor, masks: Mapping[int, Tensor] | None = None) -> None:
-    """One update; `masks` (id of a parameter -> what of it may move) stop the gradient. A loss that is not finite is an
-    error."""
-    if not bool(torch.isfinite(loss)):
-        raise LuthierError(
-            f"the edit's loss is {float(loss)}: choose a smaller lr than {optimiser.param_groups[0]['lr']:g}"
-        )
-    optimiser.zero_grad()
-    loss.backward()
-    for parameter in [p for group in optimiser.param_groups for p in group["params"] if id(p) in (masks or {})]:
-        parameter.grad *= (masks or {})[id(parameter)]
-    optimiser.step()
-
-
-def shuffled(n: int, size: int, g: torch.Generator) -> Iterator[list[int]]:
-    """Batches of positions 0 to n − 1 without end, every pass in a new order; the last of a pass may be short."""
-    while True:
-        order = torch.randperm(n, generator=g).tolist()
-        yield from (order[i : i + size] for i in range(0, n, size))
 
 
 def moving(s: Subject, sites: Iterable[Site]) -> dict[str, Tensor]:
@@ -363,17 +331,10 @@ def settled(
         return {name: w + (b + u[name] * unit[name]) @ a for name, (w, b, a) in pairs.items()}
 
     def loss(step: int) -> Tensor:
-        part = [requests[n] for n in next(order)]
-        texts, rest = (
-            [t for q in part for t in (q.new, *q.prefixed)],
-            [general[n] for n in next(passages or iter([[]]))],
-        )
+        texts = [t for n in next(order) for t in (requests[n].new, *requests[n].prefixed)]
+        rest = [general[n] for n in next(passages)] if passages else []
         asked = target_nll(s.run(texts, now()).logits, texts).mean()
-        if not rest:
-            return asked
-        with torch.no_grad():
-            before = s.run(rest).logits
-        return asked + how.kl * target_kl(s.run(rest, now()).logits, before, rest).mean()
+        return asked + how.kl * drift(s, rest, now()) if rest else asked
 
     descend(list(u.values()), loss, steps=how.steps, lr=how.lr, enough=how.enough)
     return {name: (b + u[name] * unit[name]).detach() for name, (_, b, _) in pairs.items()}
@@ -382,3 +343,32 @@ def settled(
 def damped(moment: Tensor, share: float) -> Tensor:
     """moment + share · (its mean diagonal) · I: invertible also where few texts were seen."""
     return moment + share * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
+
+
+@dataclass(frozen=True)
+class FactEdit(Edit):
+    """What edits of located facts state in common; with `Reach`, `Settle` and `damped`."""
+
+    role: str = "ffn.down"
+    steps: int = 25
+    """Steps for δ."""
+    lr: float = 0.5
+    """Adam's rate for δ, in units of the root mean square of what it is added to."""
+    kl: float = 0.0625
+    """Weight of the essence."""
+    decay: float = 0.1
+    """Weight of ‖δ‖² over the squared norm of what it is added to."""
+    clamp: float = 4.0
+    """Largest ‖δ‖ over that norm."""
+    ridge: float = 0.03
+    """Share of C's mean diagonal added to it: directions in which C was seen little are noise."""
+    settle: int = 30
+    """Steps for all values together at the end (ours; 0 leaves the published form)."""
+
+    openings: ClassVar[int] = 3
+    subjects: ClassVar[bool] = True
+
+    @property
+    def reach(self) -> Reach:
+        """How δ is found."""
+        return Reach(self.steps, self.lr, self.kl, self.decay, self.clamp)

@@ -22,9 +22,9 @@ from luthier.editing.engine import (
     moving,
     one_site,
     share_right,
-    step_on,
     target_nll,
 )
+from luthier.parts.descent import step_on
 
 
 @EDITS.add("locft")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from luthier.delta import EDITS, Small
 from luthier.editing.engine import (
-    Edit,
-    Reach,
+    FactEdit,
     Request,
     Settle,
     Subject,
@@ -38,7 +36,7 @@ def spread(keys: Tensor, residuals: Tensor, moment: Tensor, weight: float) -> tu
 
 @EDITS.add("memit")
 @dataclass(frozen=True)
-class MEMIT(Edit):
+class MEMIT(FactEdit):
     """For every fact the hidden state z that the last of `layers` should have at the subject is found by descent; then,
     from the first layer to the last, ΔW = R Kᵀ(λ C + K Kᵀ)⁻¹ with K the layer's keys and R an equal share of what is
     still missing to z. Keys and what is missing are measured anew at every layer, on the changed model.
@@ -49,21 +47,10 @@ class MEMIT(Edit):
 
     layers: tuple[int, ...] | None = None
     """Which, in any order; default the five up to 0.26 of the depth, or as many as there are."""
-    role: str = "ffn.down"
     weight: float = 1.0
     """λ: how many keys' worth the general text counts."""
-    steps: int = 25
-    lr: float = 0.5
-    kl: float = 0.0625
     decay: float = 0.01
-    clamp: float = 4.0
-    """Largest ‖δ‖ / ‖h‖, h the hidden state."""
     ridge: float = 0.1
-    settle: int = 30
-    """Steps for all values together at the end (ours; 0 leaves the published form)."""
-
-    openings: ClassVar[int] = 3
-    subjects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -72,10 +59,10 @@ class MEMIT(Edit):
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         last = layer_at(None, s, 0.26)
         layers = sorted({layer_at(n, s, 0) for n in self.layers or range(max(0, last - 4), last + 1)})
-        how, top = Reach(self.steps, self.lr, self.kl, self.decay, self.clamp), s.layer(layers[-1])
+        top = s.layer(layers[-1])
         wanted = []
         for request in requests:
-            delta = fact_value(s, top, request, {}, how)
+            delta = fact_value(s, top, request, {}, self.reach)
             wanted.append(self.hidden(s, top, request, {}) + delta)
         now: dict[str, Tensor] = {}
         pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from luthier.delta import EDITS, Site, Small
-from luthier.editing.engine import Edit, Request, Subject, Text, key, lowrank, shuffled, step_on, target_kl, target_nll
+from luthier.editing.engine import Edit, Request, Subject, Text, key, lowrank, target_kl, target_nll
 from luthier.errors import LuthierError
-from luthier.parts.gradient_nets import Net, fresh, nested, transformed
+from luthier.parts.descent import shuffled, step_on
+from luthier.parts.gradient_nets import Factors, Nets
 
-Pair = tuple[Tensor, Tensor]
 Places = Sequence[tuple[Site, str, int]]
 
 
@@ -61,56 +61,34 @@ class MEND(Edit):
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         if not self.learnt:
             raise LuthierError("mend: no network: state train_records to learn one, or editor, a delta that holds one")
-        places, nets = self.places(s), nested(self.learnt, s.weight(self.places(s)[0][0]).device)
+        places = self.places(s)
+        nets = Nets.read(self.learnt, s.weight(places[0][0]).device)
         for _, name, number in places:
-            if name not in nets or number >= len(nets[name]["rate"]):
+            if not nets.knows(name, number):
                 raise LuthierError(
                     f"mend: the editor knows no weight {number} of {name}: it was learnt on another base"
                 )
-        parts = [self.factors(nets, places, gradients(s, places, [q.new])) for q in requests]
+        parts = [changes(nets, places, gradients(s, places, [q.new])) for q in requests]
         out: dict[str, Tensor | Small] = {}
         for site, _, _ in places:
             b, a = zip(*(part[key(site)] for part in parts), strict=True)
             out[key(site)] = lowrank(torch.cat(b, 1), torch.cat(a, 0))
         return out
 
-    def factors(self, nets: Mapping[str, Net], places: Places, raw: Mapping[str, Pair]) -> dict[str, Pair]:
-        """Parameter -> (b [d_out, n], a [n, d_in]) of ΔW = b a, from the tokens' inputs and gradients."""
-        out = {}
-        for site, name, number in places:
-            u, d = transformed(nets[name], number, *raw[site.name])
-            out[key(site)] = (-nets[name]["rate"][number].exp() * d.t(), u)
-        return out
-
     def learn(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor]:
         places, g = self.places(s), s.generator("editor")
         weights = {key(site): s.weight(site) for site, _, _ in places}
         raw = [gradients(s, places, [q.new]) for q in requests]
-        nets: dict[str, dict[str, Tensor]] = {}
+        seen: dict[str, list[list[Factors]]] = {}
         for site, name, _ in places:
-            if name not in nets:
-                same = [q.name for q, other, _ in places if other == name]
-                nets[name] = fresh(site.d_in, site.d_out, len(same), self.hidden, self.rate, g)
-                seen = torch.cat([torch.cat(r[n], -1) for r in raw for n in same])
-                std = seen.std(0)
-                nets[name] |= {"mean": seen.mean(0), "std": std.clamp_min(0.1 * std.mean())}
-        nets = {
-            name: {k: v.to(next(iter(weights.values())).device) for k, v in net.items()} for name, net in nets.items()
-        }
-        trained = [
-            (k, v.requires_grad_(True)) for net in nets.values() for k, v in net.items() if k not in ("mean", "std")
-        ]
-        optimiser = torch.optim.Adam(
-            [
-                {"params": [v for k, v in trained if (k == "rate") == rate], "lr": self.lr * (10 if rate else 1)}
-                for rate in (0, 1)
-            ]
-        )
+            seen.setdefault(name, []).append([r[site.name] for r in raw])
+        nets = Nets.started(seen, self.hidden, self.rate, g)
+        optimiser = nets.optimiser(self.lr)
         general, order = s.passages(2000), shuffled(len(requests), self.edits, g)
         for step in range(self.steps):
             losses = []
             for n in next(order):
-                q, change = requests[n], self.factors(nets, places, raw[n])
+                q, change = requests[n], changes(nets, places, raw[n])
                 edited = {name: w + change[name][0] @ change[name][1] for name, w in weights.items()}
                 asked, apart = list(q.paraphrases or [q.new]), [*q.neighbours, general[step % len(general)]]
                 with torch.no_grad():
@@ -119,10 +97,15 @@ class MEND(Edit):
                 kept = target_kl(now[len(asked) :, : before.shape[1]], before, apart).mean()
                 losses.append(self.weight * target_nll(now[: len(asked)], asked, closing=True).mean() + kept)
             step_on(optimiser, torch.stack(losses).mean())
-        return {f"{name}/{k}": v.detach().cpu() for name, net in nets.items() for k, v in net.items()}
+        return nets.flat()
 
 
-def gradients(s: Subject, places: Places, texts: Sequence[Text]) -> dict[str, Pair]:
+def changes(nets: Nets, places: Places, raw: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Parameter -> (b, a) of its change, from its tokens' inputs and gradients."""
+    return {key(site): nets.change(name, number, *raw[site.name]) for site, name, number in places}
+
+
+def gradients(s: Subject, places: Places, texts: Sequence[Text]) -> dict[str, Factors]:
     """Module -> inputs u [n, d_in] and gradients d [n, d_out] of −log p(target), at all tokens that have a gradient."""
     names = [site.name for site, _, _ in places]
     with torch.enable_grad():

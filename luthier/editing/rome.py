@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from luthier.delta import EDITS, Small
 from luthier.editing.engine import (
-    Edit,
-    Reach,
+    FactEdit,
     Request,
     Settle,
     Subject,
@@ -35,7 +33,7 @@ def insert(k: Tensor, moment: Tensor) -> Tensor:
 
 @EDITS.add("rome")
 @dataclass(frozen=True)
-class ROME(Edit):
+class ROME(FactEdit):
     """k: input of one layer's down projection at the subject's last token, mean over openings. v = W k + δ, δ found by
     descent (`Reach`). Then ΔW = (v − W k)(C⁻¹k)ᵀ / (kᵀC⁻¹k) with C the second moment of that input over general text.
 
@@ -47,33 +45,14 @@ class ROME(Edit):
 
     layer: int | None = None
     """Which; default at 0.16 of the depth (GPT-J and Llama 7 B: layers 4 and 5)."""
-    role: str = "ffn.down"
-    steps: int = 25
-    """Steps for δ."""
-    lr: float = 0.5
-    """Adam's rate for δ, in units of the output's root mean square."""
-    kl: float = 0.0625
-    """Weight of the essence."""
-    decay: float = 0.1
-    """Weight of ‖δ‖² / ‖y‖²."""
-    clamp: float = 4.0
-    """Largest ‖δ‖ / ‖y‖."""
-    ridge: float = 0.03
-    """Share of C's mean diagonal added to it: directions in which C was seen little are noise."""
-    settle: int = 30
-    """Steps for all values together."""
-
-    openings: ClassVar[int] = 3
-    subjects: ClassVar[bool] = True
 
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         site = one_site(s, self.role, layer_at(self.layer, s, 0.16))
         moment, w = damped(s.moment(site), self.ridge), s.weight(site)
-        how = Reach(self.steps, self.lr, self.kl, self.decay, self.clamp)
         # A matrix does not feed into its own input: keys stay what they are while it changes.
         a = torch.stack([insert(fact_key(s, site.name, [q.new, *q.prefixed], {}), moment) for q in requests])
         b = w.new_zeros(w.shape[0], len(requests))
         for n, request in enumerate(requests):
-            b[:, n] = fact_value(s, site.name, request, {key(site): w + b @ a}, how)
+            b[:, n] = fact_value(s, site.name, request, {key(site): w + b @ a}, self.reach)
         b = settled(s, {key(site): (w, b, a)}, requests, Settle(self.settle))[key(site)]
         return {key(site): lowrank(b, a)}

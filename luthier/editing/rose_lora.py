@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from luthier.delta import EDITS, FORMS, Site, Small
-from luthier.editing.engine import Edit, Request, Subject, key, shuffled, step_on, target_nll
+from luthier.editing.engine import Edit, Request, Subject, key, target_nll
+from luthier.parts.descent import shuffled, step_on
 
 
 def kept_at(step: int, steps: int, keep: float, warm: float, cool: float) -> float:
