@@ -22,7 +22,7 @@ CLAIMS = (
     Claim("on the clean pool random selection ties with a selector", "clean:right", "clean_chosen:right", 0.1, 0),
     Claim("on the faulty pool random selection loses to it", "wrong:right", "wrong_chosen:right", effect=0.1),
 )
-FAMILY, LEVEL, POOL, TRUSTED, STEPS, ITEMS = "translate", 1, 800, 100, 300, 200
+FAMILY, LEVEL, POOL, TRUSTED, STEPS, ITEMS = "translate", 2, 800, 100, 300, 200
 
 
 def measures(lab: Lab, cell: Cell) -> Scores:
