@@ -9,7 +9,7 @@ from luthier.effects.known._merging import Weights, merged, put, weights
 from luthier.effects.lab import TRIAL_SEED, Lab, Model
 from luthier.practice.card import answers
 from luthier.practice.oracles.conflict import Conflict, conflict
-from luthier.practice.world import Record, records, verify
+from luthier.practice.world import Record, verify
 
 ABOUT = (
     "averaging eight experts keeps less than task arithmetic and TIES do, which fall short of the experts themselves"
@@ -41,11 +41,12 @@ NAMES = {"linear": "average", "task_arithmetic": "arithmetic", "ties": "ties"}
 
 
 def measures(lab: Lab, cell: Cell) -> Scores:
-    """Of all tasks' items. experts: each by its own expert. single: all by the expert that solves most of items of another
-    draw. average, arithmetic, ties: all by the merge at its best on those. pair_…: on prompts of the pair that conflicts,
+    """Of all tasks' items. experts: each by its own expert. single: all by the expert that solves most of some other
+    items. average, arithmetic, ties: all by the merge at its best on those. pair_…: on prompts of the pair that conflicts,
     the mean of both verdicts; pair_best: the most that any one model can get."""
-    asked = [r for family in FAMILIES for r in _some(lab, family, ITEMS)]
-    choice = [r for family in FAMILIES for r in _some(lab, family, CHOICE, other=True)]
+    items = [lab.items(family, ITEMS + CHOICE, difficulty=_level(family)) for family in FAMILIES]
+    asked = [r for some in items for r in some[:ITEMS]]
+    choice = [r for some in items for r in some[ITEMS:]]
     tuned: list[Weights] = []
     scores: Scores = {"experts": []}
     alone: list[float] = []
@@ -67,12 +68,6 @@ def measures(lab: Lab, cell: Cell) -> Scores:
             scores[f"pair_{NAMES[method]}"] = _both(model, pair)
     scores["pair_best"] = [1.0] * len(pair.agree) + [0.5] * len(pair.disagree)
     return scores
-
-
-def _some(lab: Lab, family: str, n: int, other: bool = False) -> list[Record]:
-    if other:
-        return list(records(family, "test", n, seed=9, difficulty=_level(family)))
-    return lab.items(family, n, difficulty=_level(family))
 
 
 def _level(family: str) -> int | None:
