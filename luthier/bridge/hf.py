@@ -17,6 +17,7 @@ from luthier.bridge.folding import MAX_LOST, add_biases, folded, remove_biases, 
 from luthier.bridge.proof import Check, refuse
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.delta.probes import check_probes, probe_inputs
 from luthier.errors import LuthierError
 
@@ -37,9 +38,7 @@ def export_hf(
     is afterwards as it was. The folder must be new or empty, and appears whole or not at all. read_back: load the written
     folder with transformers and compare its logits. max_lost: share of a change that rounding may swallow.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
+    folder = refuse_existing(folder)
     on = target(base)
     handle = delta if isinstance(delta, Attached) else delta.apply(on.model)
     own = delta if isinstance(delta, Delta) else handle.delta(on.items)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta.artefact import Delta, digest
+from luthier.delta.folder import refuse_existing
 from luthier.delta.registry import MOVES
 from luthier.errors import LuthierError
 
@@ -92,9 +93,7 @@ class Wiring:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the folder whole or not at all; one that is there and not empty is refused."""
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
+        folder = refuse_existing(folder)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

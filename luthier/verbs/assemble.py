@@ -18,6 +18,7 @@ from luthier.bridge.proof import Check, Report, holds, prove, refuse, same_base
 from luthier.bridge.target import Target, logits_of
 from luthier.delta import MOVES
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.delta.probes import check_probes, record_probes
 from luthier.delta.wiring import Member, Wiring, read_wiring
 from luthier.errors import LuthierError
@@ -55,9 +56,7 @@ def assemble(
     do not fit the number of pairs, an `out` that is not empty.
     """
     spec = plan if isinstance(plan, AssembleSpec) else load_moving(AssembleSpec, plan, overrides)
-    place = None if out is None else Path(out)
-    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise LuthierError(f"{place} is there and not empty: name another folder, or remove it")
+    place = None if out is None else refuse_existing(out)
     fusion = MOVES.make(spec.method, spec.settings)
     if not isinstance(fusion, Fusion):
         raise LuthierError(

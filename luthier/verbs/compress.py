@@ -17,6 +17,7 @@ from luthier.bridge.proof import refuse, same_base
 from luthier.bridge.target import Target
 from luthier.delta import COMPRESSIONS, Compression
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 from luthier.plan.compressing import CompressSpec, load_compressing
 from luthier.plan.schema import BaseSpec
@@ -52,7 +53,7 @@ def compress(
     """
     own, spec = _spec(plan, tuned, method, settings, overrides)
     made: Compression = COMPRESSIONS.make(spec.method, spec.settings)
-    place = None if out is None else _empty(Path(out))
+    place = None if out is None else refuse_existing(out)
     _checks(made, spec)
     base, change, own, on = _sides(spec, own, made)
     outcome = run(base, change, made, spec, on, progress)
@@ -180,9 +181,3 @@ def _report(
         "seals": len(outcome.delta.seals),
         "probes": bool(outcome.delta.probes),
     }
-
-
-def _empty(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
-    return folder

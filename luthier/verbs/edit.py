@@ -29,6 +29,7 @@ from luthier.bridge.proof import prove, refuse, same_base
 from luthier.bridge.target import Target
 from luthier.delta import EDITS
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.editing.engine import Edit
 from luthier.errors import LuthierError, nearest
 from luthier.plan.load import override, read_plan
@@ -98,9 +99,7 @@ def edit(
     worked into it exactly. Errors: LuthierError in one line; nothing is written then.
     """
     spec, method = _understood(plan, overrides)
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LuthierError(f"{folder} is there and not empty: choose another --out, or remove it")
+    folder = refuse_existing(out)
     records = _records(spec.records, method.task)
     parents = [_parent(path) for path in spec.deltas]
     for piece, name in [(p, f"parent{k}-{p.name}") for k, d in enumerate(parents) for p in d.pieces]:

@@ -16,7 +16,8 @@ from luthier.algebra.jobs import Method, make_jobs, replaced
 from luthier.algebra.layout import Layout, lay_out
 from luthier.algebra.outcome import config_of, same_tokens, template_of, write_beside
 from luthier.algebra.sources import ADAPTER, Source, is_delta, open_source
-from luthier.algebra.writer import ShardedFile, Spec, new_folder, refuse_existing
+from luthier.algebra.writer import ShardedFile, Spec, new_folder
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 from luthier.plan.merge import MergePlan, Ref, load_merge
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from luthier.algebra.moe import Assembled, write_moe
 from luthier.algebra.sources import open_source
-from luthier.algebra.writer import new_folder, refuse_existing
+from luthier.algebra.writer import new_folder
+from luthier.delta.folder import refuse_existing
 from luthier.plan.moe import MoePlan, load_moe
 from luthier.verbs.merge import bytes_of
 

@@ -18,6 +18,7 @@ from luthier.bridge.proof import prove, refuse, same_base
 from luthier.bridge.target import Target, target
 from luthier.delta import MOVES
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError, nearest
 from luthier.moving.engine import Transport
 from luthier.plan.moving import ConnectivitySpec, PortSpec, load_moving
@@ -67,7 +68,7 @@ def port(
         raise LuthierError(
             f"method '{spec.method}' steers while a model writes, and moves no weights: use luthier assemble"
         )
-    place = None if out is None else _empty(Path(out))
+    place = None if out is None else refuse_existing(out)
     written = None
     if isinstance(onto, Target) or (onto is not None and not isinstance(onto, (str, os.PathLike, BaseSpec, Mapping))):
         given = target(onto)
@@ -221,12 +222,6 @@ def _resolved(spec: BaseSpec) -> BaseSpec:
 def _wordless(delta: Delta) -> Delta:
     """The delta's card as far as loading its new base goes: kind, labels and new tokens, and no template."""
     return Delta([], {k: v for k, v in delta.base.items() if k in ("kind", "labels", "new_tokens", "seed")})
-
-
-def _empty(out: Path) -> Path:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LuthierError(f"{out} is there and not empty: name another folder, or remove it")
-    return out
 
 
 def _made(folder: str, out: Path | None) -> Path:

@@ -16,6 +16,7 @@ from luthier.algebra.rescale import by_depth, rescaled
 from luthier.bridge.proof import prove
 from luthier.bridge.target import Target
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 from luthier.measuring.cost import Watch
 from luthier.measuring.gate import asked_of, flipped_of
@@ -70,8 +71,7 @@ def rebase(
         raise LuthierError(
             f"{onto} is a delta: name the base to go onto, or export the model it makes (luthier export)"
         )
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise LuthierError(f"{place} is there and not empty: name another folder, or remove it")
+    refuse_existing(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
