@@ -12,6 +12,7 @@ from luthier.errors import LuthierError
 from luthier.plan.load import load_plan
 from luthier.training.precision import precision_of
 from luthier.training.run import Training, build
+from luthier.verbs.tune import _probes
 from tests.runs.support import World, run
 
 F, B = torch.float32, torch.bfloat16
@@ -112,3 +113,28 @@ def test_what_is_resolved_from_plan_and_hardware() -> None:
     for bad in ({"dtype": "bfloat16", "precision": "fp32"}, {"dtype": "float16", "delta": FULL}):
         with pytest.raises(LuthierError, match="dtype"):
             resolved(True, **bad)
+
+
+def test_probes_of_a_full_tune_in_one_autocast_are_of_base_and_tuned(world: World, tmp_path: Path) -> None:
+    """Autocast keeps casts of parameters that train; one made of the base's values may not stand in for the tuned ones."""
+    base = {"name": str(world.base()), "dtype": "float32"}
+    plan = world.plan(FULL, base=base, train={"precision": "bf16", "steps": 2, "lr": 5e-2}, checkpoint={"every": 0})
+    training = build(plan, tmp_path, progress=False)
+    training.train()
+    probes, model, handle = _probes(training), training.base.model.eval(), training.handle
+    rows = [row[None].long() for row in probes["tokens"].split(probes["lengths"].tolist())]
+
+    def largest() -> torch.Tensor:  # each pass in an autocast of its own, which begins without casts
+        found = []
+        for ids in rows:
+            with torch.no_grad(), training.machine.precision.context(training.machine.device):
+                found.append(model(input_ids=ids, use_cache=False).logits[0].float().topk(64, -1).values)
+        return torch.cat(found)
+
+    tuned = largest()
+    with handle.off():
+        untuned = largest()
+    assert float((tuned - untuned).abs().max()) > 0.5
+    assert probes["base.top"].shape == untuned.shape
+    assert torch.allclose(probes["base.top"].float(), untuned, atol=1e-2)
+    assert torch.allclose(probes["tuned.top"].float(), tuned, atol=1e-2)
