@@ -153,76 +153,104 @@ class Pick(Choice):
         for name, site in pool.items():
             strata.setdefault(stratum(name, site, self.within), {})[name] = site
         for key, members in strata.items():
-            chosen |= self._within(key, members, ctx)
+            units = units_of(members, self.granularity, self.head_dim)
+            if self.score == "random":
+                scores = torch.rand(units.count, generator=self.generator(ctx, *key))
+            else:
+                scores = units.score(lambda n: SCORES[self.score](n, ctx, self.rank)) * (1 if self.largest else -1)
+            chosen |= units.selection(self._taken(scores, units.sizes))
         return chosen
 
-    def _within(self, key: tuple[object, ...], members: dict[str, Site], ctx: ChoiceContext) -> Selection:
-        """The choice in one stratum: units are numbered one after another over its parameters."""
-        if self.granularity in ("tensor", "part", "layer"):
-            groups: dict[str, list[str]] = {}
-            for name, site in members.items():
-                groups.setdefault(_group(name, site, self.granularity), []).append(name)
-            sizes = torch.tensor([sum(_numel(members[n]) for n in names) for names in groups.values()])
-            scores = self._scores(key, len(groups), lambda: [self._mean(names, ctx) for names in groups.values()], ctx)
-            taken = self._take(scores, sizes).tolist()
-            return {n: None for k, names in enumerate(groups.values()) if k in set(taken) for n in names}
-        if self.granularity == "entry":
-            return self._entries(key, members, ctx)
-        found = {n: layout(s, self.granularity, self.head_dim) for n, s in members.items()}
-        tables = {n: t for n, t in found.items() if t is not None}
-        units = [t.shape[0] for t in tables.values()]
-        sizes = torch.cat([torch.full((t.shape[0],), t.shape[1]) for t in tables.values()])
+    def _taken(self, scores: Tensor, sizes: Tensor | None) -> Tensor:
+        """A mask of the units within the budget, best first; ties go to the earlier unit (among entries, to any)."""
+        k = self.count if self.count is not None else max(round((self.fraction or 0) * len(scores)), 1)
+        if self.parameters is None and k > len(scores):
+            raise LuthierError(f"choice: {k} {self.granularity}s are asked for where there are {len(scores)}")
+        if sizes is None:  # one number each, maybe billions: no sorting
+            best = scores.topk(
+                min(k if self.parameters is None else self.parameters, len(scores)), sorted=False
+            ).indices
+        else:
+            order = scores.argsort(descending=True, stable=True)
+            fitting = k if self.parameters is None else int((sizes[order].cumsum(0) <= self.parameters).sum())
+            best = order[:fitting]
+        return torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
 
-        def rows() -> list[Tensor]:
-            return [SCORES[self.score](n, ctx, self.rank).flatten().cpu()[t].mean(1) for n, t in tables.items()]
 
-        scores = self._scores(key, sum(units), rows, ctx)
-        taken = self._take(scores, sizes)
-        mask = torch.zeros(sum(units), dtype=torch.bool).index_fill(0, taken, True)
+# -- units: what a stratum is made of, numbered one after another over its parameters
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one stratum."""
+
+    count: int
+    sizes: Tensor | None
+    """[count] numbers in each; None where it is one."""
+    score: Callable[[Callable[[str], Tensor]], Tensor]
+    """From the scores of a parameter by name, in its shape, to those of the units [count]: means over their entries."""
+    selection: Callable[[Tensor], Selection]
+    """From a mask [count] of the units taken to what moves."""
+
+
+def units_of(members: Mapping[str, Site], granularity: Granularity, head_dim: int = 0) -> Units:
+    """The units of a stratum's parameters."""
+    if granularity in ("tensor", "part", "layer"):
+        return _wholes(members, granularity)
+    return _entries(members) if granularity == "entry" else _slices(members, granularity, head_dim)
+
+
+def _wholes(members: Mapping[str, Site], granularity: str) -> Units:
+    """Units of whole parameters."""
+    groups: dict[str, list[str]] = {}
+    for name, site in members.items():
+        groups.setdefault(_group(name, site, granularity), []).append(name)
+
+    def score(of: Callable[[str], Tensor]) -> Tensor:
+        found = ([of(n) for n in names] for names in groups.values())
+        return torch.stack([torch.stack([v.sum() for v in u]).sum().cpu() / sum(v.numel() for v in u) for u in found])
+
+    def selection(mask: Tensor) -> Selection:
+        return {n: None for names, on in zip(groups.values(), mask.tolist(), strict=True) if on for n in names}
+
+    sizes = torch.tensor([sum(_numel(members[n]) for n in names) for names in groups.values()])
+    return Units(len(groups), sizes, score, selection)
+
+
+def _slices(members: Mapping[str, Site], granularity: str, head_dim: int) -> Units:
+    """Units within a parameter: rows, columns, heads, experts."""
+    found = {n: layout(s, granularity, head_dim) for n, s in members.items()}
+    tables = {n: t for n, t in found.items() if t is not None}
+    counts = [t.shape[0] for t in tables.values()]
+
+    def score(of: Callable[[str], Tensor]) -> Tensor:
+        return torch.cat([of(n).flatten().cpu()[t].mean(1) for n, t in tables.items()])
+
+    def selection(mask: Tensor) -> Selection:
         out: Selection = {}
-        for (name, table), mine in zip(tables.items(), mask.split(units), strict=True):
+        for (name, table), mine in zip(tables.items(), mask.split(counts), strict=True):
             if mine.all() and table.numel() == _numel(members[name]):
                 out[name] = None
             elif mine.any():
                 out[name] = table[mine].flatten().sort().values
         return out
 
-    def _entries(self, key: tuple[object, ...], members: dict[str, Site], ctx: ChoiceContext) -> Selection:
-        """Single entries, without a table of units: these may be billions."""
-        sizes = [_numel(s) for s in members.values()]
-        scores = self._scores(
-            key, sum(sizes), lambda: [SCORES[self.score](n, ctx, self.rank).flatten().cpu() for n in members], ctx
-        )
-        k = self.parameters if self.parameters is not None else self._budget(len(scores))
-        mask = torch.zeros(len(scores), dtype=torch.bool)
-        mask[scores.topk(min(k, len(scores)), sorted=False).indices] = True
-        found = zip(members, mask.split(sizes), strict=True)
+    sizes = torch.cat([torch.full((t.shape[0],), t.shape[1]) for t in tables.values()])
+    return Units(sum(counts), sizes, score, selection)
+
+
+def _entries(members: Mapping[str, Site]) -> Units:
+    """Single entries, without a table of them: these may be billions."""
+    counts = [_numel(s) for s in members.values()]
+
+    def score(of: Callable[[str], Tensor]) -> Tensor:
+        return torch.cat([of(n).flatten().cpu() for n in members])
+
+    def selection(mask: Tensor) -> Selection:
+        found = zip(members, mask.split(counts), strict=True)
         return {n: None if mine.all() else mine.nonzero()[:, 0] for n, mine in found if mine.any()}
 
-    def _scores(
-        self, key: tuple[object, ...], units: int, rows: Callable[[], list[Tensor]], ctx: ChoiceContext
-    ) -> Tensor:
-        if self.score == "random":
-            return torch.rand(units, generator=self.generator(ctx, *key))
-        return torch.cat([r.reshape(-1) for r in rows()]) * (1 if self.largest else -1)
-
-    def _mean(self, names: list[str], ctx: ChoiceContext) -> Tensor:
-        both = [SCORES[self.score](n, ctx, self.rank) for n in names]
-        return torch.stack([b.sum() for b in both]).sum().cpu() / sum(b.numel() for b in both)
-
-    def _take(self, scores: Tensor, sizes: Tensor) -> Tensor:
-        """Units within the budget, best first; ties go to the earlier unit."""
-        order = scores.argsort(descending=True, stable=True)
-        if self.parameters is None:
-            return order[: self._budget(len(scores))]
-        return order[: int((sizes[order].cumsum(0) <= self.parameters).sum())]
-
-    def _budget(self, units: int) -> int:
-        """How many of a stratum's units."""
-        k = self.count if self.count is not None else max(round((self.fraction or 0) * units), 1)
-        if k > units:
-            raise LuthierError(f"choice: {k} {self.granularity}s are asked for where there are {units}")
-        return k
+    return Units(sum(counts), None, score, selection)
 
 
 # -- strata, groups, layouts

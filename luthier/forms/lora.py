@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from torch.nn import functional as F
 
 from luthier.delta import FORMS, Form, Site, State
 from luthier.parts.lowrank import add_lowrank, row_norms
+
+T = TypeVar("T")
+
+
+def own(table: Mapping[str, T], site: Site, default: T) -> T:
+    """The value of the first pattern that is the site's role, a beginning of it, or matches its name; else `default`."""
+    found = (v for k, v in table.items() if f"{site.role}.".startswith(f"{k}.") or fnmatch(site.name, k))
+    return next(found, default)
 
 
 @FORMS.add("lora")
@@ -49,14 +58,8 @@ class LoRA(Form):
 
     def at_site(self, site: Site) -> tuple[int, float]:
         """Rank and scale s there."""
-
-        def own(table: dict, default):  # first pattern that is the site's role, a prefix of it, or matches its name
-            return next(
-                (v for k, v in table.items() if f"{site.role}.".startswith(f"{k}.") or fnmatch(site.name, k)), default
-            )
-
-        r = own(self.ranks, self.rank)
-        alpha = own(self.alphas, 2 * r if self.alpha is None else self.alpha)
+        r = own(self.ranks, site, self.rank)
+        alpha = own(self.alphas, site, 2 * r if self.alpha is None else self.alpha)
         return r, alpha / (math.sqrt(r) if self.scaling == "rslora" else r)
 
     def build(self, site: Site, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
