@@ -19,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier.delta.card import card_of
 from luthier.delta.form import Form, No, Site, State
 from luthier.delta.header import FORMAT, OWN, read_header, site_of
 from luthier.delta.registry import FORMS
+from luthier.delta.stream import fsync
 from luthier.errors import LuthierError
 
 if TYPE_CHECKING:
@@ -220,7 +222,7 @@ class Delta:
                 shutil.move(numbers, new / "delta.safetensors")
             if self.probes:
                 save_file({k: v.contiguous() for k, v in self.probes.items()}, new / "probes.safetensors")
-            (new / "README.md").write_text(card or _card(self), encoding="utf-8")
+            (new / "README.md").write_text(card or card_of(self), encoding="utf-8")
             for name, content in self.files.items():
                 if name in OWN:
                     raise LuthierError(f"a file that travels along cannot be called {name}: name it otherwise")
@@ -242,7 +244,7 @@ class Delta:
             for name in stale - {"README.md"}:
                 (folder / name).unlink(missing_ok=True)
             for place in (folder, folder.parent):
-                _fsync(place)
+                fsync(place)
         except OSError as e:
             raise LuthierError(
                 f"cannot write the delta to {folder}: {e.strerror or e}; what stood there before is whole"
@@ -388,24 +390,4 @@ def _travelling(folder: Path) -> set[str]:
 
 def _sync(folder: Path) -> None:
     for path in [p for p in folder.rglob("*") if p.is_file()]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _card(delta: Delta) -> str:
-    rows = "\n".join(
-        f"| {q.name} | {FORMS.name_of(type(q.form))} | {len(q.sites)} | {q.count():,} |" for q in delta.pieces
-    )
-    base: Mapping[str, Any] = delta.base
-    return (
-        f"---\nlibrary_name: luthier\nbase_model: {base.get('name', 'unknown')}\n---\n\n# A delta on {base.get('name', 'unknown')}\n\n"
-        f"Base fingerprint `{base.get('fingerprint', 'unknown')}`.\n\n| piece | form | sites | numbers trained |\n|---|---|---|---|\n{rows}\n\n"
-        f'Load it: `luthier.load("{base.get("name", "BASE")}", deltas=["FOLDER"])`. Check it: `luthier verify FOLDER`.\n'
-    )
+        fsync(path)
