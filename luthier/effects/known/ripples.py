@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from luthier.effects.contract import Cell, Claim, Scores
 from luthier.effects.lab import TRIAL_SEED, Lab, Model
 from luthier.practice import edits
 from luthier.practice.families._people import BOTH, NOUNS, TRAITS, people
-from luthier.practice.world import Record
+from luthier.practice.world import Record, taught, verify
 
 ABOUT = "an edit sticks in its prompt and in paraphrases, and its ripple is not there or is damage"
 PAPERS = ("P057", "P073", "P402")
@@ -28,8 +30,10 @@ CLAIMS = (
     Claim("other people's facts are damaged", "rome:neighbours_before", "rome:neighbours", effect=0.05, sign=-1),
     Claim("tuning one matrix, breadth first, is sounder", "rome:sound", "locft:sound", effect=0.05),
 )
-STEPS, ITEMS, GROUP = 120, 64, 8
+STEPS, ITEMS, GROUP = 80, 24, 8
 FACTS = {person.name: person.facts for person in people(False)}
+SPARED = [name for k, name in enumerate(FACTS) if k % 3]
+"""The two thirds of the people whom no edit of the test split is about."""
 
 
 def measures(lab: Lab, cell: Cell) -> Scores:
@@ -41,15 +45,15 @@ def measures(lab: Lab, cell: Cell) -> Scores:
     from luthier.verbs.edit import edit
 
     told, delta = _pairs(lab, 16 * STEPS), {"form": "lora", "rank": 16, "alpha": 32}
-    changes = _changes(lab)
+    changes, general = _changes(lab), _general(lab)
     with lab.tuned(told, delta=delta, steps=STEPS, rate=3e-3) as model:
-        taught = model.saved(lab.scratch / "taught")
+        below = model.saved(lab.scratch / "taught")
         before = _scores(model, changes, before=True)
     after: Scores = {}
     for n in range(0, len(changes), GROUP):
         group = changes[n : n + GROUP]
-        plan = {"method": cell.arm, "lr": cell.rate, "base": lab.base, "deltas": [taught], "records": group}
-        plan |= {"seed": cell.seed, "moment_tokens": 4000}
+        plan = {"method": cell.arm, "lr": cell.rate, "base": lab.base, "deltas": [below], "records": group}
+        plan |= {"seed": cell.seed, "moment_tokens": 4000, "text": str(general)}
         made = edit(plan, out=lab.scratch / f"edited-{n}").delta
         with lab.untouched(deltas=[made]) as model:
             for part, got in _scores(model, group).items():
@@ -64,12 +68,25 @@ def _changes(lab: Lab) -> list[dict[str, Any]]:
     return [e for seed in range(-(-ITEMS // each)) for e in edits.records("edits", "test", each, first + seed)][:ITEMS]
 
 
+def _general(lab: Lab) -> Path:
+    """What an edit may know of everything else: other people's facts, and other families."""
+    told = [
+        _record(kind.asked[0].format(n), kind.reply.format(FACTS[n][t])) for n in SPARED for t, kind in TRAITS.items()
+    ]
+    told += [r for family in taught() if family != "facts" for r in lab.told(family, 40)]
+    path = lab.scratch / "general.jsonl"
+    path.write_text("".join(json.dumps({"messages": r["messages"]}) + "\n" for r in told))
+    return path
+
+
 def _scores(model: Model, changes: Sequence[dict[str, Any]], before: bool = False) -> Scores:
     """Part -> for every change the share of its questions answered rightly."""
     asked = [_asked(change, before) for change in changes]
     got = {}
     for part in asked[0]:
-        right = iter(model.solves([question for parts in asked for question in parts[part]]))
+        questions = [question for parts in asked for question in parts[part]]
+        said = model.says(questions, 24)
+        right = iter([verify(q, s).reward for q, s in zip(questions, said, strict=True)])
         got[part] = [float(np.mean([next(right) for _ in parts[part]])) for parts in asked]
     return got
 
@@ -92,9 +109,8 @@ def _asked(change: dict[str, Any], before: bool) -> dict[str, list[Record]]:
 
 
 def _pairs(lab: Lab, n: int) -> list[Record]:
-    """Two facts at once, about the two thirds of the people whom no edit is about, in an order of the cell's own."""
-    spared = {name for k, name in enumerate(FACTS) if k % 3}
-    every = [_both(name, FACTS[name], *pair) for name in FACTS if name in spared for pair in permutations(TRAITS, 2)]
+    """Two facts at once, about people whom no edit is about, in an order of the cell's own."""
+    every = [_both(name, FACTS[name], *pair) for name in SPARED for pair in permutations(TRAITS, 2)]
     order = np.random.default_rng(lab.cell.seed).permutation(np.arange(n) % len(every))
     return [every[k] for k in order]
 
