@@ -140,9 +140,10 @@ def test_a_grown_base_is_built_from_its_parent(home, words):
     assert not (changed / "config.json").exists()
 
 
-def test_a_base_kept_as_a_delta_is_its_parent_and_the_delta(home):
+def test_a_base_kept_as_a_delta_is_its_parent_and_the_delta(home, monkeypatch):
     from luthier.delta.artefact import Delta
 
+    monkeypatch.setattr(bases, "ITEMS", 4)
     bases.build(tiny("s", marks=0), items=0)
     ways = ({"method": "bitdelta", "embeddings": "compress", "steps": 3},)
     base = replace(tiny("m-v2", mixture={"facts": 1, "recall:1": 1}), parent="s", delta=ways)
