@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from luthier.effects.contract import Cell, Claim, Scores
 from luthier.effects.lab import TRIAL_SEED, Lab
-from luthier.practice.oracles.annotators import Annotator, gold, pairs
+from luthier.practice.oracles.annotators import Annotator, candidates, gold, pairs
 from luthier.practice.world import Record
 
 ABOUT = "DPO raises the gold reward with an honest annotator, and overfits one who likes length: the proxy rises, gold does not"
@@ -25,11 +25,12 @@ CLAIMS = (
 JUDGES = {"honest": Annotator(lapse=0.05, name="honest"), "vain": Annotator(length=8.0, lapse=0.05, name="vain")}
 """Eight words more are to the vain one what keeping four conditions of five is to the gold reward."""
 STEPS, RECORDS, PAIRS, ITEMS = 150, 4000, 1500, 200
-"""Steps of tuning on right answers before, their records, pairs for one pass of DPO at beta 0.1, tests."""
+"""Steps of tuning on mixed answers before, their records, pairs for one pass of DPO at beta 0.1, tests."""
 
 
 class Tasks(NamedTuple):
-    """``told``: right answers to tune on first. ``pairs``: what the arm's annotator preferred. ``asked``: tests."""
+    """``told``: answers of mixed quality, as those of the pairs, to tune on first. ``pairs``: what the arm's annotator
+    preferred. ``asked``: tests, to be answered at temperature 1."""
 
     told: list[Record]
     pairs: list[dict[str, Any]]
@@ -37,10 +38,17 @@ class Tasks(NamedTuple):
 
 
 def tasks(lab: Lab, cell: Cell) -> Tasks:
-    """What a run is made of. The arm "start" has no pairs: it ends after the right answers."""
-    judge = JUDGES.get(cell.arm)
-    chosen = pairs("instructions", PAIRS, judge, seed=100 + cell.seed + TRIAL_SEED * cell.trial) if judge else []
-    return Tasks(lab.told("instructions", RECORDS), chosen, lab.items("instructions", ITEMS))
+    """What a run is made of. The arm "start" has no pairs: it ends after what is told, of which some keeps its conditions
+    and some does not, some begins with idle words and some does not, so that preferences can move either."""
+    judge, seed = JUDGES.get(cell.arm), 100 + cell.seed + TRIAL_SEED * cell.trial
+    chosen = pairs("instructions", PAIRS, judge, seed=seed) if judge else []
+    told = [_answered(r, candidates(r, 4, seed)[0]) for r in lab.told("instructions", RECORDS)]
+    return Tasks(told, chosen, lab.items("instructions", ITEMS))
+
+
+def _answered(record: Record, text: str) -> Record:
+    *before, last = record["messages"]
+    return {**record, "messages": [*before, {**last, "content": text}]}
 
 
 def scores(asked: Sequence[Record], said: Sequence[str], arm: str = "honest") -> Scores:
