@@ -46,6 +46,8 @@ def _run(argv: Sequence[str] | None) -> int:
     ClickException: Any = BadParameter.__mro__[2]
 
     args = list(sys.argv[1:] if argv is None else argv)
+    if blank := _blank(args):
+        return _fail(blank)
     try:
         result = command().main(args, prog_name="luthier", standalone_mode=False)
     except Abort as e:
@@ -59,6 +61,21 @@ def _run(argv: Sequence[str] | None) -> int:
     if result == INTERRUPTED:  # typer answers Ctrl-C with the code alone
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
+
+
+def _blank(args: Sequence[str]) -> str | None:
+    """What to say about an argument that is empty, as one from an unset variable of a shell is; else None.
+
+    An empty path would mean the folder one stands in.
+    """
+    for n, argument in enumerate(args):
+        before = args[n - 1] if n else ""
+        if argument.startswith("--") and argument.endswith("="):
+            return f"{argument[:-1]} is empty: give it a value, or leave it out"
+        if not argument.strip():
+            what = before if before.startswith("-") else f"argument {n + 1}"
+            return f"{what} is empty: give it a value, or leave it out"
+    return None
 
 
 def _fail(message: str, code: int = 2) -> int:

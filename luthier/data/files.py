@@ -131,11 +131,13 @@ def jsonl_rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None)
 
 def from_json(text: str, where: str) -> Any:
     """The value of a JSON text, which must be text that can be written again: half of a surrogate pair is an error, and
-    so is what nests or counts beyond measure. Broken JSON is a JSONDecodeError."""
+    so is a key given twice and what nests or counts beyond measure. Broken JSON is a JSONDecodeError."""
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except json.JSONDecodeError:
         raise
+    except _Twice as e:
+        raise LuthierError(f"{where}: the key {e.args[0]!r} is given twice; keep one of them") from e
     except RecursionError as e:
         raise LuthierError(f"{where}: nested too deeply to be read; mend or remove the record") from e
     except ValueError as e:
@@ -147,6 +149,22 @@ def from_json(text: str, where: str) -> Any:
             half = ascii(e.object[e.start])[1:-1]
             raise LuthierError(f"{where}: {half} is half of a character; mend or remove the record") from e
     return value
+
+
+class _Twice(ValueError):
+    """An object of a JSON text names a key more than once."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [k for k, _ in pairs]
+        raise _Twice(next(k for k in keys if keys.count(k) > 1))
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+"""JSON as the json module reads it, but a key given twice is no object: which of the two is meant, nobody knows."""
 
 
 def filled_lines(path: Path, pattern: re.Pattern[str] | None) -> int:
@@ -252,6 +270,8 @@ def separated(delimiter: str) -> Reader:
             header, index = next((cells for cells in reader if any(map(str.strip, cells))), None), 0
             if header is None:
                 raise LuthierError(f"{path} is empty: give a file with records in it")
+            if twice := sorted({c for c in header if c and header.count(c) > 1}):
+                raise LuthierError(f"{path}: the header names the column {twice[0]!r} twice; rename one of them")
             for cells in reader:
                 if not cells:
                     continue

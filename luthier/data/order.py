@@ -58,7 +58,57 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
 
-class Batches:
+class Ordered:
+    """What batches over a store and over a stream have in common: how rows are ordered, cut, packed and shared out.
+
+    batch_size: lines in a batch. collate: from lines of rows to a batch. seed: of the order. rank, world: which of how many
+    processes. shuffle: a new order every epoch. bucket: batches taken together when sorting by length. capacity: tokens
+    of a line into which rows are packed; None leaves each row alone.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        collate: Any,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+        bucket: int = 64,
+        capacity: int | None = None,
+    ):
+        self.batch_size, self.collate, self.seed, self.rank, self.world = batch_size, collate, seed, rank, world
+        self.shuffle, self.bucket, self.capacity = shuffle, bucket, capacity
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no __next__")
+
+    def one_epoch(self) -> Iterator[dict[str, Any]]:
+        """The batches left in the current epoch."""
+        for batch in self:
+            yield batch
+            if batch["last"]:
+                return
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a resume to be one."""
+        kept = {"batch_size": self.batch_size, "world": self.world, "seed": self.seed, "shuffle": self.shuffle}
+        return kept | {"bucket": self.bucket, "packed to": self.capacity}
+
+    def drawn(self, count: int, *key: int) -> np.ndarray:
+        """The numbers below `count` in this seed's order for the key, or in their own without shuffling."""
+        return permutation(count, self.seed, *key) if self.shuffle else np.arange(count)
+
+    def cut(self, lines: list[Unit], lengths: np.ndarray, *key: int) -> list[list[Unit]]:
+        """Lines as batches; with shuffling the batches stand in this seed's order for the key."""
+        return batches(lines, lengths, self.batch_size, self.bucket, (self.seed, *key) if self.shuffle else None)
+
+
+class Batches(Ordered):
     """An endless iterator over batches of a row store, epoch after epoch, that can be stopped and resumed anywhere.
 
     Every rank derives the same global order and takes batch i*world + rank. All ranks get the same number of batches:
@@ -69,28 +119,15 @@ class Batches:
     every epoch has the same number of batches.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        batch_size: int,
-        *,
-        collate: Any,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        shuffle: bool = True,
-        bucket: int = 64,
-        capacity: int | None = None,
-        window: int = 2048,
-    ):
-        self.rows, self.batch_size, self.collate = rows, batch_size, collate
-        self.seed, self.rank, self.world, self.shuffle, self.bucket = seed, rank, world, shuffle, bucket
-        self.capacity = capacity
-        order = permutation(len(rows), seed, 0, 0, 1) if shuffle else np.arange(len(rows))
-        self._packed = None if capacity is None else units(order.tolist(), rows.lengths, capacity, window)
+    def __init__(self, rows: Rows, batch_size: int, *, window: int = 2048, **how: Any):
+        """window: rows that are packed together. how: as for Ordered."""
+        super().__init__(batch_size, **how)
+        self.rows = rows
+        order, capacity = self.drawn(len(rows), 0, 0, 1).tolist(), self.capacity
+        self._packed = None if capacity is None else units(order, rows.lengths, capacity, window)
         lines = len(rows) if self._packed is None else len(self._packed)
         self.total = -(-lines // batch_size)
-        self.per_epoch: int = -(-self.total // world)
+        self.per_epoch: int = -(-self.total // self.world)
         """Batches that each rank gets in an epoch."""
         self.epoch, self.position = 0, 0
         self._plan: tuple[int, list[list[Unit]]] | None = None
@@ -99,21 +136,11 @@ class Batches:
         """All batches of an epoch, as lines of row numbers, over all ranks."""
         if self._plan is None or self._plan[0] != epoch:
             if self._packed is None:
-                order = (
-                    permutation(len(self.rows), self.seed, epoch, 0, 1) if self.shuffle else np.arange(len(self.rows))
-                )
-                lines = [[i] for i in order.tolist()]
+                lines = [[i] for i in self.drawn(len(self.rows), epoch, 0, 1).tolist()]
             else:
-                order = (
-                    permutation(len(self._packed), self.seed, epoch, 0, 2) if self.shuffle else range(len(self._packed))
-                )
-                lines = [self._packed[int(i)] for i in order]
-            key = (self.seed, epoch, 0, 3) if self.shuffle else None
-            self._plan = epoch, batches(lines, self.rows.lengths, self.batch_size, self.bucket, key)
+                lines = [self._packed[i] for i in self.drawn(len(self._packed), epoch, 0, 2).tolist()]
+            self._plan = epoch, self.cut(lines, self.rows.lengths, epoch, 0, 3)
         return self._plan[1]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
 
     def __next__(self) -> dict[str, Any]:
         if not self.per_epoch:
@@ -129,22 +156,12 @@ class Batches:
         batch["last"] = last
         return batch
 
-    def one_epoch(self) -> Iterator[dict[str, Any]]:
-        """The batches left in the current epoch."""
-        if self.per_epoch:
-            for batch in self:
-                yield batch
-                if batch["last"]:
-                    return
-
     def steps_per_epoch(self, accumulate: int = 1) -> int:
         """Optimiser steps in an epoch; the last one may have fewer micro-batches."""
         return -(-self.per_epoch // accumulate)
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a resume to be one."""
-        kept = {"batch_size": self.batch_size, "world": self.world, "seed": self.seed, "shuffle": self.shuffle}
-        return kept | {"bucket": self.bucket, "packed to": self.capacity, "rows": len(self.rows)}
+        return super().settings() | {"rows": len(self.rows)}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands: epoch, batches of it already given on this rank, and the settings."""

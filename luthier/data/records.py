@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from luthier.data.read import Record
@@ -57,6 +60,10 @@ ROLES = {
     **{"function_call": "assistant", "function": "tool", "developer": "developer"},
 }
 """ShareGPT's speakers -> roles of messages."""
+MESSAGE_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+"""Roles that every record may use; others are known where the template or data.role_weights names them."""
+TURN_KEYS = frozenset({"role", "content", "weight", "loss", "name", "tool_calls", "tool_call_id"})
+"""Keys of a turn that every record may use; others are for templates that name them."""
 
 
 def wrong(where: str, column: str, value: Any, expected: str) -> LuthierError:
@@ -75,7 +82,7 @@ def a_string(fields: Mapping[str, Any], column: str, where: str, default: str | 
     return value
 
 
-def a_list(value: Any, column: str, where: str) -> list[Any]:
+def a_list(value: Any, column: str, where: str, expected: str = "a list") -> list[Any]:
     """A list, also when it stands as JSON in a cell of a table."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -85,26 +92,28 @@ def a_list(value: Any, column: str, where: str) -> list[Any]:
                 f"{where}: column {column!r} holds broken JSON, {e.msg.removesuffix(' at')} at column {e.colno}"
             ) from e
     if not isinstance(value, list):
-        raise wrong(where, column, value, "a list")
+        raise wrong(where, column, value, expected)
     return value
 
 
 def a_number(value: Any, column: str, where: str) -> float:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError as e:
-            raise wrong(where, column, value, "a number") from e
-    if not isinstance(value, (int, float)) or not value >= 0:
-        raise wrong(where, column, value, "a number of at least 0")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+    except (ValueError, OverflowError):  # no number at all, or an integer beyond every float
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise wrong(where, column, value, "a finite number of at least 0")
+    return number
 
 
 def turns(value: Any, column: str, where: str) -> tuple[list[Message], list[float | None]]:
     """Messages checked and cleaned, with the weight each states (`weight`: a number, or `loss`: true or false)."""
     messages: list[Message] = []
     weights: list[float | None] = []
-    for number, turn in enumerate(a_list(value, column, where)):
+    single = column not in ("messages", "conversations")  # a prompt or an answer may be one string too
+    for number, turn in enumerate(
+        a_list(value, column, where, ("a string or " if single else "") + "a list of messages")
+    ):
         at = f"{column}[{number}]"
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise wrong(where, at, turn, "an object with a 'role' and a 'content'")
@@ -230,7 +239,7 @@ def from_sharegpt(fields: Mapping[str, Any], where: str) -> Example:
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise wrong(where, at, turn, "an object with 'from' and 'value'")
         speaker, value = turn["from"], a_string(turn, "value", f"{where}: {at}")
-        if speaker not in ROLES:
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise LuthierError(
                 f"{where}: {at} has the unknown speaker {speaker!r}; {nearest(str(speaker), ROLES, 'speaker')}"
             )
@@ -328,13 +337,21 @@ def example(record: Record, form: str) -> Example:
     made = known.make(fields, where)
     if fields.get("tools") not in (None, "", "[]", []):
         made.tools = a_list(fields["tools"], "tools", where)
-    if isinstance(fields.get("chat_template_kwargs"), dict):
-        made.options = dict(fields["chat_template_kwargs"])
+    if (options := fields.get("chat_template_kwargs")) not in (None, ""):
+        if not isinstance(options, dict):
+            raise wrong(where, "chat_template_kwargs", options, "an object of variables for the template")
+        made.options = dict(options)
     if fields.get("weight") is not None:
         made.weight = a_number(fields["weight"], "weight", where)
     made.answer = None if fields.get("answer") is None else str(fields["answer"])
     made.extra = {k: v for k, v in fields.items() if k not in known.needs and k not in known.may}
     return made
+
+
+@lru_cache(maxsize=1024)
+def meant(column: str, form: str) -> str | None:
+    """The column that an unused one of a record in this shape is a misspelling of, as far as letters tell."""
+    return next(iter(get_close_matches(column, SHAPES[form].may, 1, 0.75)), None)
 
 
 THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)

@@ -27,6 +27,7 @@ class Row:
     second, second_weights: the target of a sequence-to-sequence row (its position 0 is predicted), or the rejected
     answer of a comparison. label, weight: class index (-1: none) and loss weight of the whole row for classification.
     truncated: tokens cut off. eot: whether the answer's end-of-turn is supervised; None where there is no such thing.
+    says_nothing: a text, or an answer that carries loss, is blank: all it teaches is to stop.
     """
 
     ids: Ids
@@ -38,6 +39,7 @@ class Row:
     weight: float = 1.0
     second: Ids | None = None
     second_weights: np.ndarray | None = None
+    says_nothing: bool = False
 
     @property
     def length(self) -> int:
@@ -100,6 +102,14 @@ class Maker:
                     "mend the record, or set data.unsupervised: drop"
                 )
             self.ledger.drop("unsupervised after truncation" if cut else "unsupervised")
+            return None
+        if row.says_nothing:
+            if self.spec.unsupervised == "error":
+                raise LuthierError(
+                    f"{row.where}: {'the answer' if example.text is None else 'the text'} is empty, so a model would learn "
+                    "to say nothing; mend the record, or set data.unsupervised: drop"
+                )
+            self.ledger.drop("empty answer" if example.text is None else "empty text")
             return None
         if row.eot is False and not row.truncated and self.spec.end_of_turn == "require":
             raise LuthierError(
@@ -198,7 +208,7 @@ class Maker:
             if r.answers
             else None
         )
-        return Row(kept, loss * np.float32(weight), r.where, over, eot)
+        return Row(kept, loss * np.float32(weight), r.where, over, eot, says_nothing=r.says_nothing)
 
     # --- one example as text
 
@@ -209,7 +219,7 @@ class Maker:
                 raise LuthierError(
                     f"{e.where}: a labelled text; state base.kind: classify, or format: text to train on the text alone"
                 )
-            return Rendered(e.text, e.where, base=1.0, plain=True)
+            return Rendered(e.text, e.where, base=1.0, plain=True, says_nothing=not e.text.strip())
         plain, messages, stated = (
             (e.plain_rejected, e.rejected, e.rejected_weights) if rejected else (e.plain, e.messages, e.weights)
         )
@@ -225,9 +235,11 @@ def joined(plain: tuple[str, str], where: str, spec: DataSpec) -> Rendered:
     prompt, completion = plain
     gap = "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else "\n"
     start, text = len(prompt + gap), prompt + gap + completion
+    blank = not completion.strip()
     if spec.loss_on == "all":
-        return Rendered(text, where, base=1.0, plain=True)
-    return Rendered(text, where, [(start, len(text), spec.role_weights.get("assistant", 1.0))], plain=True)
+        return Rendered(text, where, base=1.0, plain=True, says_nothing=blank)
+    spans = [(start, len(text), spec.role_weights.get("assistant", 1.0))]
+    return Rendered(text, where, spans, plain=True, says_nothing=blank)
 
 
 def causal(maker: Maker, examples: list[Example]) -> list[Row | None]:
@@ -254,7 +266,10 @@ def pair(maker: Maker, examples: list[Example]) -> list[Row | None]:
         if better is None or worse is None:
             out.append(None)
             continue
+        if len(better.ids) == len(worse.ids) and np.array_equal(better.ids, worse.ids):
+            maker.ledger.note("chosen and rejected are the same")
         better.second, better.second_weights = worse.ids, worse.weights
+        better.says_nothing |= worse.says_nothing
         better.truncated += worse.truncated
         better.eot = None if better.eot is None or worse.eot is None else better.eot and worse.eot
         if not np.any(better.weights) or not np.any(worse.weights):
@@ -270,7 +285,7 @@ def seq2seq(maker: Maker, examples: list[Example]) -> list[Row | None]:
     sources = tokenizer([s for s, _ in sides], add_special_tokens=True, verbose=False)["input_ids"]
     targets = tokenizer(text_target=[t for _, t in sides], add_special_tokens=True, verbose=False)["input_ids"]
     eos, out = tokenizer.eos_token_id, []
-    for e, source, target in zip(examples, sources, targets, strict=True):
+    for e, (_, wanted), source, target in zip(examples, sides, sources, targets, strict=True):
         if eos is not None and target[-1:] != [eos]:
             target = [*target, eos]
         if not maker.fits(max(len(source), len(target)), e.where):
@@ -280,6 +295,7 @@ def seq2seq(maker: Maker, examples: list[Example]) -> list[Row | None]:
         labels, weights, lost = maker.cut(target, np.full(len(target), e.weight))
         row = Row(ids, np.zeros(len(ids), np.float32), e.where, over + lost, second=labels, second_weights=weights)
         row.eot = bool(eos is not None and labels[-1:] == eos and weights[-1:] > 0)
+        row.says_nothing = not wanted.strip()
         out.append(row)
     return out
 
@@ -314,7 +330,9 @@ def classify(maker: Maker, examples: list[Example]) -> list[Row | None]:
             out.append(None)
             continue
         kept, weights, over = maker.cut(ids, np.zeros(len(ids)))
-        out.append(Row(kept, weights, e.where, over, label=index_of(e, maker.labels), weight=e.weight))
+        row = Row(kept, weights, e.where, over, label=index_of(e, maker.labels), weight=e.weight)
+        row.says_nothing = not f"{e.text}{e.text_pair or ''}".strip()
+        out.append(row)
     return out
 
 

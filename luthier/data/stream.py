@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.order import batches, permutation, same_settings, units
+from luthier.data.order import Ordered, same_settings, units
 from luthier.data.read import Cursor, Record, open_source, read
-from luthier.data.records import example, recognise
+from luthier.data.records import example, meant, recognise
 from luthier.data.rows import Maker, Row
 from luthier.errors import LuthierError
 from luthier.plan.schema import SourceSpec
@@ -88,6 +88,9 @@ class Records:
             if not ledger.quiet:
                 ledger.formats[shape] += 1
                 ledger.unused_columns.update(one.extra.keys())
+                for column in one.extra:
+                    if (right := meant(column, shape)) and right not in record.fields:
+                        ledger.note(f"column {column!r} is not used: did you mean {right!r}?")
             made.append(one)
         rows = maker.rows(made)
         if not ledger.quiet:
@@ -120,7 +123,7 @@ def next_block(rows: Iterator[tuple[Row | None, Place]], begin: Place, size: int
     return Block([row for row, _ in kept], begin, kept[-1][1]) if kept else None
 
 
-class StreamBatches:
+class StreamBatches(Ordered):
     """Like order.Batches, over records as they are read.
 
     The data is cut into blocks of `window` rows (rounded up to whole rounds of batches) in file order; each block is
@@ -128,26 +131,11 @@ class StreamBatches:
     resume goes to the block's byte and makes that one block again. Every rank reads all records.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        maker: Maker,
-        batch_size: int,
-        *,
-        collate: Any,
-        size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        shuffle: bool = True,
-        bucket: int = 64,
-        capacity: int | None = None,
-        window: int = 2048,
-    ):
-        self.records, self.maker, self.batch_size, self.collate = records, maker, batch_size, collate
-        self.size, self.seed, self.rank, self.world = size, seed, rank, world
-        self.shuffle, self.bucket, self.capacity = shuffle, bucket, capacity
-        round_ = batch_size * world
+    def __init__(self, records: Records, maker: Maker, batch_size: int, *, size: int, window: int = 2048, **how: Any):
+        """size: records in an epoch. how: as for Ordered."""
+        super().__init__(batch_size, **how)
+        self.records, self.maker, self.size = records, maker, size
+        round_ = batch_size * self.world
         self.window = -(-window // round_) * round_
         self.epoch, self.block, self.position = 0, 0, 0
         self._now: Block | None = None
@@ -178,15 +166,9 @@ class StreamBatches:
 
     def _prepare(self, now: Block) -> None:
         lengths = np.array([max(len(r.ids), 0 if r.second is None else len(r.second)) for r in now.rows])
-        order = (
-            permutation(len(lengths), self.seed, self.epoch, self.block, 1) if self.shuffle else np.arange(len(lengths))
-        )
+        order = self.drawn(len(lengths), self.epoch, self.block, 1)
         lines = units(order.tolist(), lengths, self.capacity, len(lengths))
-        key = (self.seed, self.epoch, self.block, 3) if self.shuffle else None
-        self._plan = batches(lines, lengths, self.batch_size, self.bucket, key)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
+        self._plan = self.cut(lines, lengths, self.epoch, self.block, 3)
 
     def __next__(self) -> dict[str, Any]:
         if self._now is None:
@@ -209,17 +191,8 @@ class StreamBatches:
                 self._prepare(following)
         return batch
 
-    def one_epoch(self) -> Iterator[dict[str, Any]]:
-        """The batches left in the current epoch."""
-        for batch in self:
-            yield batch
-            if batch["last"]:
-                return
-
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a resume to be one."""
-        kept = {"batch_size": self.batch_size, "world": self.world, "seed": self.seed, "shuffle": self.shuffle}
-        return kept | {"bucket": self.bucket, "packed to": self.capacity, "rows": self.size, "window": self.window}
+        return super().settings() | {"rows": self.size, "window": self.window}
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, block and batch within it, the place where the block begins, the settings and the ledger so far."""

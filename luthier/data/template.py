@@ -16,7 +16,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from typing import Any
 import jinja2
 
 from luthier.data.ledger import Ledger
-from luthier.data.records import THINK, Message
-from luthier.errors import LuthierError
+from luthier.data.records import MESSAGE_ROLES, ROLES, THINK, TURN_KEYS, Message
+from luthier.errors import LuthierError, nearest
 from luthier.plan.schema import DataSpec
 
 Span = tuple[int, int, float]
@@ -44,6 +46,7 @@ class Rendered:
 
     end: characters of the last supervised answer's end-of-turn, None where the template gives none.
     plain: the tokenizer's own special tokens frame the text and its end token, supervised, closes it.
+    says_nothing: a text, or an answer that carries loss, is blank.
     """
 
     text: str
@@ -54,6 +57,7 @@ class Rendered:
     end: tuple[int, int] | None = None
     plain: bool = False
     answers: bool = True
+    says_nothing: bool = False
 
 
 def template_text(spec: DataSpec, tokenizer: Any) -> str | None:
@@ -78,12 +82,23 @@ def template_text(spec: DataSpec, tokenizer: Any) -> str | None:
     return text
 
 
+def unknown_role(role: str, template: str | None, stated: Iterable[str] = ()) -> str | None:
+    """What to say of a role that is not one of everybody's, not stated, and not written out in the template; else None."""
+    known = MESSAGE_ROLES.union(stated)
+    if role in known or any(f"{q}{role}{q}" in (template or "") for q in "'\""):
+        return None
+    return f"unknown role {role!r}; {f'write {ROLES[role]!r}' if role in ROLES else nearest(role, known, 'role')}"
+
+
 class Chat:
     """A tokenizer's chat format with the plan's settings on which turns carry loss."""
 
     def __init__(self, tokenizer: Any, spec: DataSpec, ledger: Ledger):
         self.tokenizer, self.spec, self.ledger = tokenizer, spec, ledger
         self.text = template_text(spec, tokenizer)
+        for role in spec.role_weights:
+            if role not in MESSAGE_ROLES and get_close_matches(role, MESSAGE_ROLES, 1, 0.7):
+                raise LuthierError(f"data.role_weights: unknown role {role!r}; {nearest(role, MESSAGE_ROLES, 'role')}")
         self.marked = bool(self.text and MARK.search(self.text))
         self.special = sorted({str(t) for t in tokenizer.all_special_tokens}, key=len, reverse=True)
         self.inside = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
@@ -143,6 +158,7 @@ class Chat:
         if self.text is None:
             raise LuthierError(f"{where}: a conversation, but the tokenizer has no chat template; state data.template")
         options = options or {}
+        self.known(messages, where)
         messages = [self.prepared(m) for m in messages]
         if tools and "tools" not in self.text:
             self.ledger.note("tools are not shown: the template has no place for them")
@@ -167,7 +183,32 @@ class Chat:
             if self.spec.thinking == "mask" and messages[i]["role"] == "assistant":
                 out.silent += [m.span() for m in THINK.finditer(text, start, stop)]
         out.answers = last is not None
+        out.says_nothing = any(weights[i] > 0 and not self.says(messages[i]) for i in answers)
+        if any(m["role"] == "user" and not (m.get("content") or "").strip() for m in messages):
+            self.ledger.note("a user turn without words")
         return out
+
+    def known(self, messages: list[Message], where: str) -> None:
+        """Refuses a role that neither every template, this one, nor the plan knows; counts keys of turns that nothing reads."""
+        for i, message in enumerate(messages):
+            if wrong := unknown_role(message["role"], self.text, self.spec.role_weights):
+                raise LuthierError(
+                    f"{where}: turn {i} has the {wrong}; a role of your own must stand in the template or in "
+                    "data.role_weights"
+                )
+            for key in message.keys() - TURN_KEYS:
+                if key not in REASONING and key not in (self.text or ""):
+                    close = get_close_matches(key, TURN_KEYS, 1, 0.8)
+                    meant = f" (did you mean {close[0]!r}?)" if close else ""
+                    self.ledger.note(f"key {key!r} of a turn is not read{meant}")
+
+    def says(self, message: Message) -> bool:
+        """Whether an answer holds anything to learn: words outside of a thinking block that carries no loss, or a call."""
+        words = message.get("content") or ""
+        if self.spec.thinking != "keep":
+            words = THINK.sub("", words)
+        thought = self.spec.thinking == "keep" and any(message.get(k) for k in REASONING)
+        return bool(words.strip() or message.get("tool_calls") or thought)
 
     def prepared(self, message: Message) -> Message:
         """The turn as the template shall see it: thinking as the plan says, and nothing that the template would drop."""

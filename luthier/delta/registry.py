@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from luthier.errors import LuthierError, nearest
+from luthier.plan.schema import counts
 
 T = TypeVar("T")
 
@@ -81,6 +82,8 @@ class Registry(Mapping[str, Any]):
             try:
                 config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
                 hint = hints[key]
+                if isinstance(value, bool) and counts(hint):
+                    raise LuthierError(f"{self.what} '{name}', setting '{key}': expected a number, got {value!r}")
                 plain = isinstance(hint, type) and dataclasses.is_dataclass(hint)
                 values[key] = TypeAdapter(hint, config=None if plain else config).validate_python(value)
             except ValidationError as e:

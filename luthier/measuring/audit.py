@@ -47,17 +47,19 @@ def audit(
     seed: int = 0,
     cache: Path | None | bool = True,
     progress: Callable[[str], None] = lambda _: None,
+    checks: Sequence[Prepared] | None = None,
 ) -> Audit:
     """Measure a base with its deltas off and on.
 
     `base` has `.model`, `.tokenizer`, `.kind` and `.fingerprint`; `switch.off()` hides the deltas. `data` is the run's
     data section: prompts are rendered as they were for training. The base's responses are kept in `cache` (default:
-    $LUTHIER_CACHE, where that is set; False for never). `progress` is told what is being done.
+    $LUTHIER_CACHE, where that is set; False for never). `progress` is told what is being done. `checks`: what
+    `prepare_checks` gave for the same spec, data and seed, where it was asked before.
     """
     if not spec.enabled:
         return Audit()
     watch = Watch()
-    checks = prepare_checks(base, spec, data, seed)
+    checks = prepare_checks(base, spec, data, seed) if checks is None else checks
     folder = cache_folder() if cache is True else cache or None
     before: list[tuple[list[Response], bool, float]] = []
     with switch.off():

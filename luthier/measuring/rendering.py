@@ -84,6 +84,7 @@ class Rendering:
             raise LuthierError(
                 f"{e.where}: a conversation, but the tokenizer has no chat template; state data.template"
             )
+        maker.chat.known(e.messages or [], e.where)
         messages = [maker.chat.prepared(m) for m in e.messages or []]
         text = maker.chat.render(messages[: _last_answer(e)], e.where, e.tools, e.options, ask=True)
         bos = maker.tokenizer.bos_token_id

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 
-class Section(BaseModel):
+def counts(annotation: Any) -> bool:
+    """Whether a type takes numbers and no true or false, which pydantic would read as 1 and 0."""
+    kinds = _kinds(annotation)
+    return bool({int, float} & kinds) and bool not in kinds
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    parts = [a for a in get_args(annotation) if not isinstance(a, (str, int))]  # not the words of a Literal
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
+
+
+class Stated(BaseModel):
+    """What is stated is meant: a blank text is no name and no path, and true is no number."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _meant(cls, value: Any, info: ValidationInfo) -> Any:
+        empty = "" in value if isinstance(value, list) else isinstance(value, str) and not value.strip()
+        if empty:
+            raise ValueError("holds an empty text: state it, or leave it out")
+        if isinstance(value, bool) and counts(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+class Section(Stated):
     """A part of a plan: unknown keys are errors (plan.load names the nearest valid one)."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -21,7 +47,7 @@ class BaseSpec(Section):
     name: str = Field("practice", description="Hub name, folder, or 'practice' for the built-in base.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub name.")
     kind: Literal["causal", "classify", "seq2seq"] = Field("causal", description="Which head the model carries.")
-    labels: list[str] | None = Field(None, description="Class names for kind: classify, in index order.")
+    labels: list[str] | None = Field(None, min_length=1, description="Class names for kind: classify, in index order.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type the frozen base is held in; auto is the checkpoint's own (float32 on a CPU)."
     )
@@ -67,7 +93,7 @@ class DataSpec(Section):
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="Which turns carry loss: every assistant turn, the last one only, or all tokens."
     )
-    role_weights: dict[str, float] = Field({}, description="Loss weight by role, over loss_on ({tool: 0.5} …).")
+    role_weights: dict[str, Weight] = Field({}, description="Loss weight by role, over loss_on ({tool: 0.5} …).")
     thinking: Literal["keep", "mask", "strip"] = Field(
         "keep", description="Thinking blocks in assistant turns: train, show without loss, or remove."
     )
@@ -95,7 +121,7 @@ class DataSpec(Section):
         return [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
 
 
-class DeltaSpec(BaseModel):
+class DeltaSpec(Stated):
     """One form or one choice with its own sites and learning rate; other keys are the method's own settings."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -103,9 +129,11 @@ class DeltaSpec(BaseModel):
     form: str | None = Field(None, description="How the delta is written down: lora, dora, adapter …")
     choice: str | None = Field(None, description="Which of the base's own parameters move: full, hft, lisa, bias …")
     name: str | None = Field(None, description="Name of this piece in the delta; default the form's or choice's.")
-    sites: list[str] | None = Field(None, description="Roles or name patterns; default the method's own.")
+    sites: list[str] | None = Field(None, min_length=1, description="Roles or name patterns; default the method's own.")
     except_: list[str] = Field([], alias="except", description="Roles or name patterns to leave out.")
-    layers: list[int] | None = Field(None, description="Only these layers (negative counts from the end).")
+    layers: list[int] | None = Field(
+        None, min_length=1, description="Only these layers (negative counts from the end)."
+    )
     lr: float | None = Field(None, gt=0, description="Learning rate of this piece; default train.lr.")
     weight_decay: float | None = Field(
         None, ge=0, description="Weight decay of this piece; default train.weight_decay."
@@ -129,7 +157,7 @@ class DeltaSpec(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class ObjectiveSpec(BaseModel):
+class ObjectiveSpec(Stated):
     """The loss; other keys are its settings."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)

@@ -180,7 +180,8 @@ def _forget_after(path: Path, step: int) -> None:
             except ValueError:
                 continue  # written half
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(kept), encoding="utf-8")
+    if kept or path.exists():
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 @runtime_checkable

@@ -171,6 +171,10 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         plan.train, steps_of(plan, data, machine.world), machine, pieces.handle, optimiser, objective, view, feed.step,
         Progress(), events.on_step, events.on_non_finite,
     )  # fmt: skip
+    if plan.train.warmup > loop.steps:
+        base.notes.append(
+            f"train.warmup: {plan.train.warmup:g} steps in a run of {loop.steps}: the rate never reaches train.lr"
+        )
     training = Training(plan, base, data, pieces.handle, pieces, machine, loop, out, events, fitted)
     training.record |= {
         "precision": precision.report(),

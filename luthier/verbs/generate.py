@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.attach.assembly import Assembly, switch
+from luthier.data.template import unknown_role
 from luthier.errors import LuthierError
 from luthier.sampling.generate import Sampling
 from luthier.sampling.generate import generate as decode
 from luthier.sampling.speculative import Drafting, speculate
 from luthier.verbs.load import load_all
+
+TABLES = (".json", ".csv", ".tsv", ".parquet")
+"""Files that hold records, whose lines are no prompts."""
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """Text of a user's turn, or messages."""
@@ -49,6 +54,10 @@ class Speaker:
     ) -> list[str]:
         """The answers, in order. raw: go on from the text itself; without: with the deltas switched off. draft: of an
         assembly, tokens that its small tuned model writes ahead at a time; `drafting` then says what came of it."""
+        if not 0 <= temperature < math.inf:
+            raise LuthierError(
+                f"temperature: {temperature} is no finite number of at least 0; 0 takes the likeliest token"
+            )
         if draft and not isinstance(self.model, Assembly):
             raise LuthierError("draft: only an assembly has a small model that writes ahead: leave draft out")
         ids = [self._ids(p, raw) for p in prompts]
@@ -76,6 +85,9 @@ class Speaker:
         if chat is None:
             raise LuthierError("messages need a chat template and this tokenizer has none: give text, or another base")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        for message in messages:
+            if wrong := unknown_role(str(message["role"]), chat if isinstance(chat, str) else None):
+                raise LuthierError(f"a prompt has the {wrong}")
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -99,6 +111,10 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise LuthierError(f"{path}: not UTF-8 at byte {e.start}: save it as UTF-8 text") from e
     except OSError as e:
         raise LuthierError(f"{path}: cannot be read ({e.strerror}): give a readable file") from e
+    if path.suffix.lower() in TABLES:
+        raise LuthierError(
+            f"{path}: prompts are read from text, one a line, or from .jsonl: write them as one of these"
+        )
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise LuthierError(f"{path}: is empty: write one prompt a line")
@@ -118,7 +134,12 @@ def _prompt(line: str, where: str) -> Prompt:
         for n, message in enumerate(messages):
             if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
                 raise LuthierError(f"{where}: messages.{n} has no 'role' and 'content': correct that line")
-        return messages[:-1] if messages[-1].get("role") == "assistant" else messages
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            if not (isinstance(message["content"], (str, list)) or message.get("tool_calls")):
+                raise LuthierError(f"{where}: messages.{n}.content is no text: correct that line")
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not asked:
+            raise LuthierError(f"{where}: 'messages' holds an answer and nothing that asks for it: correct that line")
+        return asked
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
         return row["prompt"]
     raise LuthierError(f"{where}: no 'prompt' and no 'messages': rename the column that holds the prompt")

@@ -24,6 +24,7 @@ from luthier.measuring.audit import Audit, audit
 from luthier.measuring.cost import folder_bytes
 from luthier.measuring.norms import Change, norms
 from luthier.measuring.report import write_report
+from luthier.measuring.sources import Prepared, prepare_checks
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.training.certificate import versions
@@ -67,6 +68,8 @@ def tune(
     SIGTERM) has saved a checkpoint and gives a Run with `stopped` set, without measurements.
     """
     plan = load_plan(plan, overrides)
+    if not os.fspath(out).strip():
+        raise LuthierError("out is empty: name the folder for the delta and the report")
     if dry_run:
         from luthier.verbs.dry_run import dry_run as predict
 
@@ -91,17 +94,28 @@ def tune(
         training = build(plan, folder, resume=resume and not too_early, progress=progress)
         if too_early:
             training.base.notes.append(f"--resume found no checkpoint in {folder}: the run began at its first step")
+        checks = _checks(training)
         with signals(training.events.stop):
             state = training.train()
         if state.stopped and not state.stopped.startswith("early"):
             result = Run(training.delta(), folder, {}, state.stopped)
         else:
-            result = _finish(training, folder)
+            result = _finish(training, folder, checks)
         training.machine.close()
         return result
 
 
-def _finish(training: Training, folder: Path) -> Run:
+def _checks(training: Training) -> list[Prepared]:
+    """What the audit will measure, read before the training that a wrong path or metric would else be told after."""
+    plan = training.plan
+    try:
+        return prepare_checks(training.base, plan.audit, plan.data, plan.train.seed) if plan.audit.enabled else []
+    except LuthierError:
+        training.events.close(training.loop)
+        raise
+
+
+def _finish(training: Training, folder: Path, checks: Sequence[Prepared]) -> Run:
     """Seals, probes, the delta on disk, the audit and the report."""
     delta = training.delta()
     base, handle, plan = training.base, training.handle, training.plan
@@ -115,7 +129,8 @@ def _finish(training: Training, folder: Path) -> Run:
     delta.save(folder)
     found = Audit()
     if plan.audit.enabled and not training.machine.sharded:
-        found = audit(base, _Without(handle, training.pieces.parents), plan.audit, data=plan.data, seed=plan.train.seed)
+        switch = _Without(handle, training.pieces.parents)
+        found = audit(base, switch, plan.audit, data=plan.data, seed=plan.train.seed, checks=checks)
     elif plan.audit.enabled:
         base.notes.append("not measured: the model is sharded; run 'luthier audit' on the delta")
     report = _report(training, delta, found, folder, parameters)

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from luthier.cli import main
+from luthier.data.prepare import prepare
 from luthier.errors import LuthierError
+from luthier.plan.load import load_plan
 from luthier.training.lock import locked
 from tests.rooms.test_verify import made, saved
+from tests.tiny import TEMPLATE, tiny_tokenizer
 
 PLAN = """base: base
 data: {train: good.jsonl, max_length: 64, cache: false}
@@ -106,6 +109,165 @@ def test_bad_records(content: bytes, said: str, here: Path, capsys: Any) -> None
     assert said in refused(here, capsys, "tune", "plan.yaml", "-q", "-o", "out", "data.train=bad.jsonl")
 
 
+def chat(*turns: tuple[str, str], **more: Any) -> str:
+    return json.dumps({"messages": [{"role": r, "content": c, **more} for r, c in turns]}) + "\n"
+
+
+def spoken(*turns: tuple[Any, str]) -> str:
+    return json.dumps({"conversations": [{"from": f, "value": v} for f, v in turns]}) + "\n"
+
+
+def fields(**columns: Any) -> str:
+    return json.dumps(columns) + "\n"
+
+
+UNSUPERVISED = "set data.unsupervised: drop"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", chat(("usr", "a"), ("assistant", "b")), "turn 0 has the unknown role 'usr'; did you mean 'user'"),
+        ("a.jsonl", chat(("user", "a"), ("assitant", "b")), "turn 1 has the unknown role 'assitant'"),
+        ("a.jsonl", chat(("human", "a"), ("gpt", "b")), "turn 0 has the unknown role 'human'; write 'user'"),
+        ("a.jsonl", fields(prompt=[{"role": "usr", "content": "a"}], completion="b"), "unknown role 'usr'"),
+        ("a.jsonl", chat(("user", "a"), ("assistant", "")), "a.jsonl:1: the answer is empty"),
+        ("a.jsonl", chat(("user", "a"), ("assistant", " "), ("user", "c"), ("assistant", "d")), "the answer is empty"),
+        ("a.jsonl", fields(prompt="a", completion=" \n"), "the answer is empty"),
+        ("a.jsonl", fields(prompt="a", completion=2), "expected a string or a list of messages"),
+        ("a.jsonl", fields(instruction="a", output=""), UNSUPERVISED),
+        ("a.jsonl", spoken(("human", "a"), ("gpt", "")), "the answer is empty"),
+        ("a.jsonl", spoken((["human"], "a"), ("gpt", "b")), "unknown speaker ['human']"),
+        ("a.jsonl", fields(text="  "), "the text is empty"),
+        ("a.csv", "prompt,completion\na,\n", "a.csv:2: the answer is empty"),
+        ("a.csv", "prompt,completion,completion\na,b,c\n", "names the column 'completion' twice"),
+        ("a.json", '[{"prompt": "a", "completion": "b", "completion": "c"}]', "'completion' is given twice"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": "b", "prompt": "c"}\n',
+            "a.jsonl:1: the key 'prompt' is given twice",
+        ),
+        ("a.jsonl", chat(("user", "a"), ("assistant", "b"), weight=float("inf")), "finite number of at least 0"),
+        ("a.jsonl", fields(prompt="a", completion="b", weight="nan"), "finite number of at least 0"),
+        ("a.jsonl", fields(prompt="a", completion="b", weight="-1"), "finite number of at least 0"),
+        ("a.jsonl", fields(prompt="a", completion="b", weight=10**400), "finite number of at least 0"),
+        ("a.jsonl", fields(prompt="a", completion="b", chat_template_kwargs="x"), "'chat_template_kwargs' holds str"),
+    ],
+)
+def test_records_that_teach_something_else(name: str, content: str, said: str, here: Path, capsys: Any) -> None:
+    (here / name).write_text(content)
+    assert said in refused(here, capsys, "tune", "plan.yaml", "-q", "-o", "out", f"data.train={name}")
+
+
+def test_empty_answers_in_tables_of_columns(here: Path, capsys: Any) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a", "completion": ""}]), here / "a.parquet")
+    said = refused(here, capsys, "tune", "plan.yaml", "-q", "-o", "out", "data.train=a.parquet")
+    assert "a.parquet#0: the answer is empty" in said
+
+
+def rows_of(content: str, **settings: Any) -> Any:
+    """The data set of one file of records in the working folder."""
+    Path("a.jsonl").write_text(content)
+    spec = load_plan({"data": {"train": "a.jsonl", "cache": False, **settings}, "delta": "lora"}, methods=False).data
+    return prepare(spec, tiny_tokenizer(), kind="causal")
+
+
+def test_what_is_odd_but_may_be_meant_is_counted(here: Path) -> None:
+    good = chat(("user", "a"), ("assistant", "b"))
+    empty = chat(("user", "a"), ("assistant", ""))
+    assert rows_of(good + empty, unsupervised="drop").ledger.dropped == {"empty answer": 1}
+    noted = rows_of(good + chat(("user", " "), ("assistant", "b"), wieght=0)).ledger.notes
+    assert noted["a user turn without words"] == 1
+    assert noted["key 'wieght' of a turn is not read (did you mean 'weight'?)"] == 2
+    noted = rows_of(fields(instruction="a", inptu="b", output="c", answers="d", source="e")).ledger.notes
+    assert noted == {
+        "column 'inptu' is not used: did you mean 'input'?": 1,
+        "column 'answers' is not used: did you mean 'answer'?": 1,
+    }
+
+
+def test_an_answer_that_only_thinks_is_empty_where_thinking_is_not_taught(here: Path) -> None:
+    thinking = chat(("user", "a"), ("assistant", "<think>b</think>"))
+    assert len(rows_of(thinking).train) == 1
+    for how in ("mask", "strip"):
+        with pytest.raises(LuthierError, match="the answer is empty"):
+            rows_of(thinking, thinking=how)
+
+
+def test_a_role_of_ones_own_is_stated(here: Path) -> None:
+    own = chat(("critic", "a"), ("user", "b"), ("assistant", "c"))
+    with pytest.raises(LuthierError, match="must stand in the template or in data.role_weights"):
+        rows_of(own)
+    assert len(rows_of(own, role_weights={"critic": 0.5}).train) == 1
+    template = TEMPLATE.replace("{% for m", "{# 'critic' may speak #}{% for m")
+    assert len(rows_of(own, template=template).train) == 1
+    with pytest.raises(LuthierError, match="data.role_weights: unknown role 'assitant'; did you mean 'assistant'"):
+        rows_of(chat(("user", "b"), ("assistant", "c")), role_weights={"assitant": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=true", "train.steps: expected a number, got true"),
+        ("train.lr=true", "train.lr: expected a number, got true"),
+        ("train.tokens_at_once=true", "expected a number, got true"),
+        ("delta.rank=true", "setting 'rank': expected a number, got True"),
+        ("data.role_weights={assistant: -1}", "data.role_weights.assistant: must be greater than or equal to 0"),
+        ('data.train=""', "data.train: holds an empty text"),
+        ('data.train=[""]', "holds an empty text"),
+        ('base=""', "base: holds an empty text"),
+        ('base.deltas=[""]', "base.deltas: holds an empty text"),
+        ('delta.name=" "', "delta.0.name: holds an empty text"),
+        ('train.callbacks=[""]', "train.callbacks: holds an empty text"),
+        ('push_to=""', "push_to: holds an empty text"),
+        ("delta.sites=[]", "delta.0.sites: is empty"),
+        ("delta.layers=[]", "delta.0.layers: is empty"),
+        ("train.lr", "write it as key=value"),
+    ],
+)
+def test_bad_overrides(override: str, said: str, here: Path, capsys: Any) -> None:
+    assert said in refused(here, capsys, "tune", "plan.yaml", override, "-q", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("nope.jsonl", "nope.jsonl does not exist"),
+        ("{source: good.jsonl, metric: exakt}", "did you mean 'exact'"),
+        ("{source: blank.jsonl, metric: loss}", "blank lines only"),
+        ("{source: good.jsonl, metric: loss, metric_options: {strict: true}}", "has no options"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_the_training(
+    target: str, said: str, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "blank.jsonl").write_text("\n\n")
+    monkeypatch.setattr("luthier.training.run.train", lambda loop: pytest.fail("a step was taken"))
+    arguments = ("tune", "plan.yaml", "audit.enabled=true", f"audit.target=[{target}]", "-q", "-o", "out")
+    assert said in refused(here, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tune", "plan.yaml", "--out", ""], "--out is empty"),
+        (["tune", "plan.yaml", "--out="], "--out is empty"),
+        (["tune", "plan.yaml", "-o", " "], "-o is empty"),
+        (["tune", ""], "argument 2 is empty"),
+        (["audit", "delta", "--plan", ""], "--plan is empty"),
+        (["verify", "delta", "--base", ""], "--base is empty"),
+        (["export", "delta", "--to", "hf", "--out", ""], "--out is empty"),
+        (["generate", "base", "-p", ""], "-p is empty"),
+        (["generate", "base", "-p", "x", "-d", ""], "-d is empty"),
+        (["merge", "base", "", "-o", "x", "-m", "linear"], "argument 3 is empty"),
+        (["demo", "--out", ""], "--out is empty"),
+    ],
+)
+def test_empty_arguments(arguments: list[str], said: str, here: Path, capsys: Any) -> None:
+    assert said in refused(here, capsys, *arguments)
+
+
 def test_whole_characters_in_escapes_are_read(here: Path) -> None:
     from luthier.data.files import from_json
 
@@ -136,11 +298,26 @@ def test_marks_and_line_ends_of_other_systems_are_read(start: bytes, end: bytes,
         ('{"prompt": \n', "ask.jsonl:1: not JSON"),
         ("[" * 100_000, "not JSON"),
         ("\n", "is empty"),
+        ('{"messages": [{"role": "usr", "content": "x"}]}\n', "unknown role 'usr'; did you mean 'user'"),
+        ('{"messages": [{"role": "user", "content": 3}]}\n', "messages.0.content is no text"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "nothing that asks for it"),
+        ('{"prompt": " "}\n', "no 'prompt' and no 'messages'"),
     ],
 )
 def test_bad_prompts(content: str, said: str, here: Path, capsys: Any) -> None:
     (here / "ask.jsonl").write_text(content)
     assert said in refused(here, capsys, "generate", "base", "-f", "ask.jsonl")
+
+
+@pytest.mark.parametrize("name", ["ask.csv", "ask.json"])
+def test_tables_are_no_prompts(name: str, here: Path, capsys: Any) -> None:
+    (here / name).write_text("prompt\nx\n")
+    assert "one a line, or from .jsonl" in refused(here, capsys, "generate", "base", "-f", name)
+
+
+@pytest.mark.parametrize("heat", ["nan", "inf"])
+def test_a_temperature_is_a_number(heat: str, here: Path, capsys: Any) -> None:
+    assert "no finite number" in refused(here, capsys, "generate", "base", "-p", "x", "--temperature", heat)
 
 
 @pytest.mark.parametrize("out", ["base", "good.jsonl", "good.jsonl/below"])
