@@ -127,11 +127,21 @@ def _curves(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         (x0, x1), (y0, y1) = box
         out.append({
-            "title": title, "size": size, "plot": plots.curve(lines, f"{title} by step"),
+            "title": title, "size": size, "note": _loss_unit(data) if title == "Loss" else "", "plot": plots.curve(lines, f"{title} by step"),
             "x": (words.quantity(x0), words.quantity(x1)), "y": (form.format(y0), form.format(y1)),
             "legend": [n for n, have in (("train", bool(loss)), ("eval", bool(held))) if have] if title == "Loss" else [],
         })  # fmt: skip
     return out
+
+
+def _loss_unit(data: Mapping[str, Any]) -> str:
+    """What the loss is in; '' for objectives that have a scale of their own."""
+    plan = data.get("plan") or {}
+    stated = [plan.get(k) for k in ("objective", "base")]
+    objective, base = (s if isinstance(s, Mapping) else {"name": s} if s else {} for s in stated)
+    if objective.get("name", "sft") != "sft":
+        return ""
+    return f"loss in nats a {'record' if base.get('kind') == 'classify' else 'token that carries loss'}"
 
 
 def _heat(norms: list[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -203,6 +203,24 @@ def test_nothing_but_an_empty_dict_still_renders():
     assert "not measured" in text and "Nothing was measured." in text
 
 
+def test_units_are_named_and_no_group_is_needed():
+    data = example()
+    page = render(data)
+    for told in (
+        "loss in nats a token that carries loss",
+        "per cent of the base",
+        "nats",
+        "items · can detect ±8 points",
+    ):
+        assert told in page, told
+    data["audit"] |= {"guards": [], "shifted": []}
+    bare = render(data)
+    assert "<h2>Target</h2>" in bare and "<h2>Guards</h2>" not in bare and "<h2>Shifted</h2>" not in bare
+    for name, kind, told in (("dpo", "causal", None), ("sft", "classify", "nats a record")):
+        data["plan"] |= {"objective": {"name": name}, "base": {"name": "b", "kind": kind}}
+        assert ("loss in nats" in render(data)) == bool(told) and (told or "") in render(data)
+
+
 def test_files_are_written_whole_and_json_is_strict(tmp_path):
     data = example() | {"cost": {"seconds": math.nan, "tokens": math.inf}}
     json_path, html_path = write_report(tmp_path / "deep" / "run", data)
