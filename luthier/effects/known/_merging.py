@@ -29,7 +29,9 @@ def put(model: Model, new: Weights) -> None:
 def merged(base: Weights, tuned: Sequence[Weights], method: str, settings: Mapping[str, Any], **each: float) -> Weights:
     """``method`` with its settings over all models; ``each`` are settings that every model has (weight=0.3)."""
     merge = MERGES.make(method, settings)
-    own = {k: [each.get(k, v)] * len(tuned) for k, v in merge.each.items()}
+    own: dict[str, list[float]] = {
+        k: [each[k] if v is None else each.get(k, v)] * len(tuned) for k, v in merge.each.items()
+    }
     origin: Weights | None = None if merge.base == "unused" else base
     return {
         name: merge.merge(Stack(name, [t[name] for t in tuned], None if origin is None else origin[name], own))
