@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.algebra.pairs import card_of, comparable
 from luthier.algebra.stacking import lora_of, lora_piece
-from luthier.algebra.writer import refuse_existing
 from luthier.attach.sites import site_of
 from luthier.attach.weights import oriented
-from luthier.bases.fingerprint import Fingerprint, FullHash, fingerprint_template, fingerprint_tokenizer
+from luthier.bases.fingerprint import Fingerprint, FullHash
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.delta import FORMS, Site
 from luthier.delta.artefact import Delta, Piece
+from luthier.delta.folder import refuse_existing
 from luthier.delta.form import Form
-from luthier.delta.seals import project, seal, turned
+from luthier.delta.seals import project, project_rows, seal, turned
 from luthier.delta.stream import TensorStream
 from luthier.errors import LuthierError
 from luthier.forms.lora import LoRA
 from luthier.parts.bits import INTEGER, encode
+from luthier.parts.spread import spans
 from luthier.parts.svd import balanced, svd_to
 
 APART = ("head", "classifier", "router", "embed")
 """Roles that an extraction keeps exactly unless sites are stated."""
 PIECE = 1 << 22
-"""Numbers worked on at once where a sum needs a wider type."""
+"""Numbers worked on at once in float32: of large tensors no such copy is made."""
 SPARSE = 8
 """Bytes of an entry's place: where few entries changed, places and differences are smaller than all differences."""
 
@@ -132,7 +134,7 @@ class _Maker:
             for name, tensor in numbers.items():
                 self.stream.add(f"{piece}/{key}/{group}/{name}", tensor)
 
-    def exact(self, name: str, site: Site, tuned: Tensor, base: Tensor, change: Tensor, module: Any) -> int:
+    def exact(self, name: str, site: Site, tuned: Tensor, base: Tensor, module: Any) -> int:
         """A parameter's exact difference; gives how many numbers that takes."""
         dtype = str(tuned.dtype)[6:]
         bits = encode(tuned, base)
@@ -144,7 +146,7 @@ class _Maker:
         p, fixed = {"bits": bits.reshape(-1)[moved] if few else bits}, {"index": moved} if few else {}
         site = replace(site, entries=count) if few else site
         self.put(piece, FORMS.make(kind, {"dtype": dtype}), name, site, p, fixed)
-        self.seals[f"{piece}/{name}"] = project(turned(change, module))
+        self.seals[f"{piece}/{name}"] = _seal(tuned, base, module)
         return p["bits"].numel()
 
     def lowrank(self, key: str, site: Site, a: Tensor, b: Tensor) -> None:
@@ -189,8 +191,8 @@ def diff(base: Checkpoint, tuned: Checkpoint, out: str | os.PathLike[str], how: 
     out = Path(out)
     refuse_existing(out)
     rows: dict[str, Row] = {}
-    _comparable(base, tuned)
-    card, files, notes = _card(base, tuned)
+    comparable(base, tuned)
+    card, files, notes = card_of(base, tuned)
     lora = _lora_sites(base, how)
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", suffix=".safetensors", dir=out.parent)
@@ -209,6 +211,7 @@ def diff(base: Checkpoint, tuned: Checkpoint, out: str | os.PathLike[str], how: 
             theirs.add(name, now.to(other))
             del held
             _one(maker, name, was, now, tuned, base, lora.get(name), how, rows)
+            del was, now  # before the next ones are read
         pieces = maker.pieces()
         if not pieces:
             raise LuthierError(f"{tuned.name} and {base.name} hold the same values: there is no delta to write")
@@ -254,20 +257,17 @@ def _one(
         raise LuthierError(
             f"{name} differs, a constant that is no parameter: a delta cannot hold it; fetch {tuned.name} again"
         )
-    change = now.to(torch.float32, copy=True)
-    for part, less in zip(change.view(-1).split(PIECE), was.reshape(-1).split(PIECE), strict=True):
-        part.sub_(less)
+    size = _squared(now, was)
     for which, values in ((base, was), (tuned, now)):
-        if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
+        if not math.isfinite(size) and not torch.isfinite(values).all():
             raise LuthierError(f"{which.folder}: {name} holds NaN or infinity: fetch or train it again")
-    size = _squared(change)
     row.changed += 1
-    row.numbers += change.numel()
+    row.numbers += now.numel()
     row.change += size
     row.base += _squared(was)
     if lora is not None and how is not None:
         key, at = lora
-        a, b, lost = _factors(oriented(change, at), how)
+        a, b, lost = _factors(oriented(_change(now, was), at), how)
         maker.lowrank(key, at, a, b)
         row.ranks.append(int(a.shape[-2]))
         row.kept += a.numel() + b.numel()
@@ -275,7 +275,7 @@ def _one(
     elif how is not None and how.rest == "drop":
         row.lost += size
     else:
-        row.kept += maker.exact(name, site, now, was, change, base.model.get_submodule(site.name))
+        row.kept += maker.exact(name, site, now, was, base.model.get_submodule(site.name))
 
 
 def _factors(change: Tensor, how: Extraction) -> tuple[Tensor, Tensor, float]:
@@ -293,9 +293,30 @@ def _factors(change: Tensor, how: Extraction) -> tuple[Tensor, Tensor, float]:
     return a, b, lost
 
 
-def _squared(tensor: Tensor) -> float:
-    """Squared norm, piece by piece: no wide copy of the whole is made."""
-    return sum(float(piece.float().square().sum(dtype=torch.float64)) for piece in tensor.reshape(-1).split(PIECE))
+def _change(now: Tensor, was: Tensor) -> Tensor:
+    """now − was in float32, or wider numbers' difference rounded to it."""
+    wide = torch.promote_types(torch.promote_types(now.dtype, was.dtype), torch.float32)
+    return now.to(wide).sub(was).float()
+
+
+def _squared(tensor: Tensor, less: Tensor | None = None) -> float:
+    """Squared norm of a tensor, or of its change from another one, piece by piece: no wide copy of the whole is made."""
+    x, y = tensor.reshape(-1), None if less is None else less.reshape(-1)
+    total = 0.0
+    for a, b in spans(len(x), PIECE):
+        piece = x[a:b].float() if y is None else _change(x[a:b], y[a:b])
+        total += float(piece.square().sum(dtype=torch.float64))
+    return total
+
+
+def _seal(tuned: Tensor, base: Tensor, module: Any) -> list[float]:
+    """`project` of the change as the module turns it, a few rows of it at a time."""
+    if tuned.dim() < 2:
+        return project(_change(tuned, base))
+    now, was = (x.reshape(-1, x.shape[-1]) for x in (tuned, base))
+    size = max(1, PIECE // max(1, now.shape[1]))
+    flip = turned(tuned, module) is not tuned
+    return project_rows(lambda a, b: _change(now[a:b], was[a:b]), (now.shape[0], now.shape[1]), size, flip)
 
 
 def _lora_sites(base: Checkpoint, how: Extraction | None) -> dict[str, tuple[str, Site]]:
@@ -318,67 +339,3 @@ def _lora_sites(base: Checkpoint, how: Extraction | None) -> dict[str, tuple[str
         if name in base.items:  # of tied weights the first
             found[name] = (name if site.kind == "fused-experts" else site.name, site)
     return found
-
-
-def _comparable(base: Checkpoint, tuned: Checkpoint) -> None:
-    """One line where no delta can lie between the two."""
-    was, now = (c.model.config.model_type for c in (base, tuned))
-    if was != now or base.kind != tuned.kind:
-        raise LuthierError(
-            f"{base.name} is {was} ({base.kind}), {tuned.name} is {now} ({tuned.kind}): a delta lies between two models of "
-            "one architecture"
-        )
-    ours, theirs = base.shapes, tuned.shapes
-    if other := next((n for n in ours if n in theirs and ours[n] != theirs[n]), None):
-        word = ""
-        site = base.items.get(other)
-        if site is not None and site.role in ("embed", "head"):
-            word = "; a vocabulary of another size: tune with base.new_tokens, or resize BASE and save it first"
-        raise LuthierError(
-            f"{other} is {_by(ours[other])} in {base.name} and {_by(theirs[other])} in {tuned.name}: not of one base{word}"
-        )
-    for one, two in ((base, tuned), (tuned, base)):
-        if lost := sorted(n for n in one.names if n not in two.shapes):
-            raise LuthierError(
-                f"{one.name} has {lost[0]} ({len(lost)} such), {two.name} does not: give both configs the same switches"
-            )
-        if absent := [n for n in one.names if n not in one]:
-            raise LuthierError(f"{one.folder} lacks {absent[0]}: the checkpoint is not whole; copy it again")
-    for name in base.names:  # tied in the base, two tensors in the tuned one
-        for alias in base.aliases(name):
-            own = tuned.aliases(name)
-            if alias not in own and not torch.equal(tuned.tensor(alias), tuned.tensor(name)):
-                raise LuthierError(
-                    f"{alias} is tied to {name} in {base.name} and stands apart in {tuned.name}: save BASE with "
-                    "tie_word_embeddings: false first"
-                )
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _card(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes], list[str]]:
-    """What the delta says about its base, the files that travel along, and notes."""
-    notes: list[str] = []
-    files: dict[str, bytes] = {}
-    card: dict[str, Any] = {"name": base.name, "kind": base.kind, "fingerprint": None}
-    ours, theirs = base.tokenizer, tuned.tokenizer
-    if ours is not None and theirs is not None:
-        card["tokenizer"] = fingerprint_tokenizer(ours)
-        card["template"] = fingerprint_template(ours)
-        if ours.get_vocab() != theirs.get_vocab():
-            changed = sum(theirs.get_vocab().get(t) != i for t, i in ours.get_vocab().items())
-            more = len(set(theirs.get_vocab()) - set(ours.get_vocab()))
-            raise LuthierError(
-                f"different tokenizers: {changed} of {base.name}'s tokens mean another id in {tuned.name}, which has {more} "
-                "more: the same ids must mean the same words; tune with base.new_tokens, or copy one tokenizer to both"
-            )
-        if fingerprint_tokenizer(theirs) != card["tokenizer"]:
-            notes.append("the tokenizers split or mark text differently, on one vocabulary: the base's counts")
-        own = theirs.chat_template
-        if isinstance(own, str) and own and fingerprint_template(own) != card["template"]:
-            card["template"] = fingerprint_template(own)
-            files["chat_template.jinja"] = own.encode()
-            notes.append("the tuned model's chat template travels along")
-    return card, files, notes

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from luthier.algebra.tensors import NAMES, buffer_of
+from luthier.delta.folder import refuse_existing
+from luthier.delta.stream import fsync
 from luthier.errors import LuthierError
 
 SHARD = 5 * 1000**3
@@ -179,30 +181,15 @@ def new_folder(folder: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
         yield new
         if sync:
             for path in [p for p in new.rglob("*") if p.is_file() and p.suffix != ".safetensors"]:
-                _fsync(path)
-            _fsync(new)
+                fsync(path)
+            fsync(new)
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)
         if sync:
-            _fsync(folder.parent)
+            fsync(folder.parent)
     except OSError as e:
         raise LuthierError(f"cannot write {folder}: {e.strerror or e}; nothing was left behind") from e
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
-
-
-def refuse_existing(folder: str | os.PathLike[str]) -> None:
-    """An error where a folder to be written is there already and not empty."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

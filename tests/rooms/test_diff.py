@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from luthier.algebra import diff as differ
 from luthier.bases.fingerprint import full_fingerprint
 from luthier.bases.load import quiet as silent
 from luthier.bridge.proof import prove
 from luthier.cli.app import app
 from luthier.delta.artefact import Delta
+from luthier.delta.seals import project, project_rows
 from luthier.delta.stream import TensorStream
 from luthier.errors import LuthierError
 from luthier.verbs.diff import diff
@@ -365,3 +367,35 @@ def test_a_stream_is_a_safetensors_file(tmp_path: Path) -> None:
     empty.close()
     assert load_file(tmp_path / "z.safetensors") == {}
     assert {p.name for p in tmp_path.iterdir()} == {"x.safetensors", "z.safetensors"}
+
+
+def test_seals_made_by_rows_are_those_of_the_whole() -> None:
+    change = torch.randn(37, 20, generator=torch.Generator().manual_seed(0))
+    for flip in (False, True):
+        whole = project(change.t() if flip else change)
+        for size in (1, 5, 37, 100):
+            rows = project_rows(lambda a, b: change[a:b], (37, 20), size, flip)
+            assert torch.allclose(torch.tensor(rows), torch.tensor(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_no_wide_copy_of_a_large_tensor_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces the delta is what it is in one: numbers, seals and what was found."""
+    base, tuned, _ = pair(tmp_path, everything, dtype=torch.bfloat16)
+    diff(base, tuned, out=tmp_path / "whole", probes=False)
+    monkeypatch.setattr(differ, "PIECE", 100)
+    most = 0
+
+    def change(now: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        most = max(most, now.numel())
+        return _change(now, was)
+
+    _change = differ._change
+    monkeypatch.setattr(differ, "_change", change)
+    diff(base, tuned, out=tmp_path / "pieces", probes=False)
+    whole, pieces = Delta.load(tmp_path / "whole"), Delta.load(tmp_path / "pieces")
+    assert 0 < most <= 128  # a row at least
+    for name, seal in whole.seals.items():
+        assert torch.allclose(torch.tensor(pieces.seals[name]), torch.tensor(seal), rtol=1e-3, atol=1e-7)
+    one, two = (load_file(tmp_path / n / "delta.safetensors") for n in ("whole", "pieces"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)

@@ -1,0 +1,78 @@
+"""Whether a delta can lie between two checkpoints, and what it says of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer
+from luthier.bridge.checkpoint import Checkpoint
+from luthier.errors import LuthierError
+
+
+def comparable(base: Checkpoint, tuned: Checkpoint) -> None:
+    """One line where no delta can lie between the two."""
+    was, now = (c.model.config.model_type for c in (base, tuned))
+    if was != now or base.kind != tuned.kind:
+        raise LuthierError(
+            f"{base.name} is {was} ({base.kind}), {tuned.name} is {now} ({tuned.kind}): a delta lies between two models of "
+            "one architecture"
+        )
+    ours, theirs = base.shapes, tuned.shapes
+    if other := next((n for n in ours if n in theirs and ours[n] != theirs[n]), None):
+        word = ""
+        site = base.items.get(other)
+        if site is not None and site.role in ("embed", "head"):
+            rows = theirs[other][0]
+            word = f"; a vocabulary of another size: resize_token_embeddings({rows}) of BASE, saved with TUNED's tokenizer, is "
+            word += "the base to name; or tune with base.new_tokens"
+        raise LuthierError(
+            f"{other} is {_by(ours[other])} in {base.name} and {_by(theirs[other])} in {tuned.name}: not of one base{word}"
+        )
+    for one, two in ((base, tuned), (tuned, base)):
+        if lost := sorted(n for n in one.names if n not in two.shapes):
+            raise LuthierError(
+                f"{one.name} has {lost[0]} ({len(lost)} such), {two.name} does not: give both configs the same switches"
+            )
+        if absent := [n for n in one.names if n not in one]:
+            raise LuthierError(f"{one.folder} lacks {absent[0]}: the checkpoint is not whole; copy it again")
+    for name in base.names:  # tied in the base, two tensors in the tuned one
+        for alias in base.aliases(name):
+            own = tuned.aliases(name)
+            if alias not in own and not torch.equal(tuned.tensor(alias), tuned.tensor(name)):
+                raise LuthierError(
+                    f"{alias} is tied to {name} in {base.name} and stands apart in {tuned.name}: save BASE with "
+                    "tie_word_embeddings: false first"
+                )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def card_of(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes], list[str]]:
+    """What the delta says about its base, the files that travel along, and notes."""
+    notes: list[str] = []
+    files: dict[str, bytes] = {}
+    card: dict[str, Any] = {"name": base.name, "kind": base.kind, "fingerprint": None}
+    ours, theirs = base.tokenizer, tuned.tokenizer
+    if ours is not None and theirs is not None:
+        card["tokenizer"] = fingerprint_tokenizer(ours)
+        card["template"] = fingerprint_template(ours)
+        if ours.get_vocab() != theirs.get_vocab():
+            changed = sum(theirs.get_vocab().get(t) != i for t, i in ours.get_vocab().items())
+            more = len(set(theirs.get_vocab()) - set(ours.get_vocab()))
+            raise LuthierError(
+                f"different tokenizers: {changed} of {base.name}'s tokens mean another id in {tuned.name}, which has {more} "
+                "more: the same ids must mean the same words; tune with base.new_tokens, or copy one tokenizer to both"
+            )
+        if fingerprint_tokenizer(theirs) != card["tokenizer"]:
+            notes.append("the tokenizers split or mark text differently, on one vocabulary: the base's counts")
+        own = theirs.chat_template
+        if isinstance(own, str) and own and fingerprint_template(own) != card["template"]:
+            card["template"] = fingerprint_template(own)
+            files["chat_template.jinja"] = own.encode()
+            notes.append("the tuned model's chat template travels along")
+    return card, files, notes
