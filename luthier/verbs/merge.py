@@ -244,6 +244,11 @@ def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: 
 
     folders = [Path(m.model.path).expanduser() for m in plan.models or []]
     named = str(plan.base)
+    if plan.base is not None and is_delta(plan.base.path):
+        raise LuthierError(
+            f"base {named} is a delta, and deltas are merged on the checkpoint they were tuned from: name that "
+            f"(--base {_base_of([Path(plan.base.path)])}), or have the tuned models merged (output=checkpoint)"
+        )
     with _opened(plan) as sources:
         _alike(sources)
         own = [Delta.load(f) if (f / "delta.json").exists() else None for f in folders]
