@@ -29,9 +29,10 @@ def put(model: Model, new: Weights) -> None:
 def merged(base: Weights, tuned: Sequence[Weights], method: str, settings: Mapping[str, Any], **each: float) -> Weights:
     """``method`` with its settings over all models; ``each`` are settings that every model has (weight=0.3)."""
     merge = MERGES.make(method, settings)
-    own: dict[str, list[float]] = {
-        k: [each[k] if v is None else each.get(k, v)] * len(tuned) for k, v in merge.each.items()
-    }
+    own: dict[str, list[float]] = {}
+    for name, default in merge.each.items():
+        value: float = each[name] if name in each else default
+        own[name] = [value] * len(tuned)
     origin: Weights | None = None if merge.base == "unused" else base
     return {
         name: merge.merge(Stack(name, [t[name] for t in tuned], None if origin is None else origin[name], own))
