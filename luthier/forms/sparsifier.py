@@ -48,8 +48,8 @@ class Sparsifier(Form):
         v = torch.empty(r, d).uniform_(-(d**-0.5), d**-0.5, generator=g)
         return {"U": torch.zeros(d, r), "V": v, "s": torch.ones(d)}, {"mask": mask}
 
-    def mask(self, s: State) -> Tensor:
-        """m, [d]."""
+    def mask(self, s: State, still: bool = False) -> Tensor:
+        """m, [d]; `still` as it is outside of training, whatever the moment."""
         return s.fixed["mask"]
 
     def change(self, x: Tensor, y: Tensor, s: State) -> Tensor:
@@ -58,7 +58,7 @@ class Sparsifier(Form):
         return (scale - 1).to(y.dtype) * y + scale.to(y.dtype) * low
 
     def delta(self, s: State) -> dict[str, Tensor]:
-        scale, u, v, w = s.p["s"] * self.mask(s), s.p["U"], s.p["V"], s.W().float()
+        scale, u, v, w = s.p["s"] * self.mask(s, still=True), s.p["U"], s.p["V"], s.W().float()
         out = {"weight": scale[:, None] * (w + u @ (v @ w)) - w}
         if s.bias is not None:
             b = s.bias.float()
@@ -101,13 +101,13 @@ class PAT(Sparsifier):
         p, fixed = super().build(site, g)
         return p | {"logits": torch.zeros(site.d_out)}, fixed
 
-    def mask(self, s: State) -> Tensor:
+    def mask(self, s: State, still: bool = False) -> Tensor:
         t, logits = s.ctx.step, s.p["logits"]
         if t >= 0.8 * self.steps:
             t, logits = int(0.8 * self.steps), logits.detach()
         hardness = 1 / (1 - math.log(max(1, t)) / math.log(self.steps) + 1e-6)
         soft = 1 / (1 + (-hardness * logits).clamp(max=10).exp()) + max(0.5 - t / self.steps, 0.0)
-        if not s.ctx.training:  # the value is hard; a gradient is still there for whoever asks
+        if still or not s.ctx.training:  # the value is hard; a gradient is still there for whoever asks
             least = logits.detach().topk(self.wanted(logits)).values[-1]
             soft = (logits >= least).float() + (soft - soft.detach())
         return soft * s.fixed["mask"]

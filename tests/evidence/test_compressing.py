@@ -280,9 +280,12 @@ def test_p114_the_trained_mask(tmp_path: Path) -> None:
     assert all(torch.equal(m, hard[47]) for m in hard[48:]) and not torch.equal(hard[46], hard[47]), (
         "fixed from 0.8 T on"
     )
+    stays = form.mask(sites[0].state, still=True).detach()
+    put = form.delta(sites[1].state)["weight"].detach() + sites[1].state.W()
+    assert torch.equal(put.abs().sum(1) > 0, stays > 0), "folding takes the mask as it ends, not as it trains"
     model.eval()
     masked = quiet(model)
-    stays = form.mask(sites[0].state).detach()
+    assert torch.equal(form.mask(sites[0].state).detach(), stays)
     assert stays.unique().tolist() == [0, 1] and int(stays.sum()) == 24, "and the mask exactly a quarter"
     handle.delta().save(tmp_path / "delta")
     again = tiny()
