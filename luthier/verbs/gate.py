@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError
 from luthier.measuring.cost import Watch
 from luthier.measuring.gate import POWER
@@ -48,15 +49,16 @@ def gate(
 ) -> Gated:
     """Measures two models by a plan's audit and holds the new one to the plan's gate section.
 
-    old, new: 'base' for the plan's base as it is, a delta or PEFT folder, a base's name, or a checkpoint folder. plan:
-    its audit says what is asked, its gate what is allowed; it may leave out data and delta. out: folder for gate.json
-    and gate.html; default NEW/gate for a delta, else ./gate. A base that both sides stand on is held once.
+    old, new: 'base' for the plan's base as it is, a delta, PEFT or assembly folder, a base's name, or a checkpoint folder.
+    plan: its audit says what is asked, its gate what is allowed; it may leave out data and delta. out: folder for gate.json
+    and gate.html; default NEW/gate for a delta or an assembly, else ./gate. A base that both sides stand on is held once.
     Errors: a plan that names nothing to measure, and whatever loading refuses.
     """
     read = load_measuring(plan, overrides)
     if not read.audit.enabled:
         raise LuthierError("the plan's audit is switched off: state audit.enabled: true, or leave it out")
-    place = Path(out) if out is not None else Path(new) / "gate" if is_delta(Path(new)) else Path("gate")
+    inside = is_delta(Path(new)) or is_assembly(Path(new))
+    place = Path(out) if out is not None else Path(new) / "gate" if inside else Path("gate")
     free_for_files(place)
     watch = Watch()
     sides = Sides(read)
