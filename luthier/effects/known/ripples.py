@@ -22,17 +22,16 @@ BASE = "practice"
 ARMS = {"rome": (0.2, 0.5, 1.0), "locft": (5e-4, 2e-3, 8e-3)}
 CHOSEN_BY = "sound"
 CLAIMS = (
-    Claim("the edit sticks in its prompt", "rome:prompt_before", "rome:prompt", effect=0.5),
-    Claim("and in paraphrases", "rome:paraphrases_before", "rome:paraphrases", effect=0.3),
-    Claim("what follows is known less than paraphrases", "rome:paraphrases", "rome:follows", effect=0.2, sign=-1),
-    Claim("what follows is known less than before", "rome:follows_before", "rome:follows", effect=0.2, sign=-1),
-    Claim("other facts of the person are damaged", "rome:others_before", "rome:others", effect=0.05, sign=-1),
-    Claim("other people's facts are damaged", "rome:neighbours_before", "rome:neighbours", effect=0.05, sign=-1),
+    Claim("ROME's edit sticks in its prompt", "rome:prompt_before", "rome:prompt", effect=0.5),
+    Claim("LocFT's edit sticks in its prompt", "locft:prompt_before", "locft:prompt", effect=0.5),
+    Claim("and in paraphrases", "locft:paraphrases_before", "locft:paraphrases", effect=0.3),
+    Claim("what follows is known less than paraphrases", "locft:paraphrases", "locft:follows", effect=0.2, sign=-1),
+    Claim("what follows is known less than before", "locft:follows_before", "locft:follows", effect=0.2, sign=-1),
+    Claim("other facts of the person are damaged", "locft:others_before", "locft:others", effect=0.05, sign=-1),
+    Claim("other people's facts are damaged", "locft:neighbours_before", "locft:neighbours", effect=0.05, sign=-1),
     Claim("tuning one matrix, breadth first, is sounder", "rome:sound", "locft:sound", effect=0.05),
 )
 STEPS, ITEMS, GROUP = 80, 16, 8
-SHORT = {"rome": {"steps": 15, "settle": 10}, "locft": {}}
-"""Fewer steps than a method's defaults, where those cost minutes a cell."""
 FACTS = {person.name: person.facts for person in people(False)}
 SPARED = [name for k, name in enumerate(FACTS) if k % 3]
 """The two thirds of the people whom no edit of the test split is about."""
@@ -55,7 +54,7 @@ def measures(lab: Lab, cell: Cell) -> Scores:
     for n in range(0, len(changes), GROUP):
         group = changes[n : n + GROUP]
         plan = {"method": cell.arm, "lr": cell.rate, "base": lab.base, "deltas": [below], "records": group}
-        plan |= {"seed": cell.seed, "moment_tokens": 4000, "text": str(general), **SHORT[cell.arm]}
+        plan |= {"seed": cell.seed, "moment_tokens": 4000, "text": str(general)}
         made = edit(plan, out=lab.scratch / f"edited-{n}").delta
         with lab.untouched(deltas=[made]) as model:
             for part, got in _scores(model, group).items():
