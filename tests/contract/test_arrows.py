@@ -19,9 +19,9 @@ HOUSE = [
     {"measuring", "bridge"},
     {"algebra"},
     {"practice"},
-    {"recipes", "effects"},
+    {"recipes"},
     {"verbs"},
-    {"cli"},
+    {"cli", "effects"},
 ]
 """Floors from the ground up. Rooms of the ground may know each other; above it a room knows what is below, and itself."""
 METHODS = HOUSE[2]
