@@ -15,7 +15,7 @@ Deltas = Annotated[
     typer.Option("--delta", "-d", help="Delta or PEFT folder; may be given several times.", show_default=False),
 ]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
-Heat = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
+Heat = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Go on from the text itself, without the chat template.")]
 

@@ -29,6 +29,7 @@ from luthier.measuring.gate_page import render, rows
 from luthier.measuring.items import Item
 from luthier.sampling.verifiers import get_verifier, must_refuse, refuses
 from luthier.verbs import gate
+from luthier.verbs.assemble import assemble
 from tests.tiny import tiny, tiny_tokenizer
 
 PLAN: dict[str, Any] = {
@@ -266,6 +267,24 @@ def test_too_few_items_are_told_apart_from_failure(tmp_path: Path, plan: Path) -
     assert "too few items to tell" in report["why"] and "broken" not in report["why"]
     gain = next(r for r in report["lines"] if r["what"] == "gain")
     assert gain["verdict"] == "underpowered" and gain["needed"] == math.ceil(math.log(0.025) / math.log(0.95))
+
+
+def test_an_assembly_is_gated_by_what_it_says(broken: Path, tmp_path: Path) -> None:
+    """The base steered by what broke a model: by nothing of it, which is the base, and by all, which is that model itself."""
+    few = {**PLAN["audit"], "items": 8, "drift_tokens": 64}
+    plan = {"audit": few, "gate": {"max_refusal_loss": 0.15, "underpowered": "pass"}}
+    pair = {"large": "practice", "pairs": [str(broken)], "method": "proxy"}
+    nothing = assemble({**pair, "alpha": 0.0}, out=tmp_path / "nothing")
+    kept = gate(tmp_path / "nothing", "base", plan, out=tmp_path / "kept")
+    assert kept.passed and kept.report["flipped"] == []
+    assert all(r["change"]["value"] == pytest.approx(0, abs=1e-4) for r in kept.report["lines"])
+    assert kept.report["old"]["fingerprint"] == nothing.base.fingerprint != kept.report["new"]["fingerprint"]
+    assemble({**pair, "alpha": 1.0}, out=tmp_path / "all")
+    found, same = gate("base", tmp_path / "all", plan), gate("base", broken, plan, out=tmp_path / "same")
+    assert not found.passed and found.out == tmp_path / "all" / "gate"
+    for ours, theirs in zip(found.report["lines"], same.report["lines"], strict=True):
+        assert (ours["what"], ours["check"], ours["n"]) == (theirs["what"], theirs["check"], theirs["n"])
+        assert ours["change"]["value"] == pytest.approx(theirs["change"]["value"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
