@@ -207,7 +207,9 @@ def shorten(stage: dict) -> None:
 
     if plan := stage.get("tune"):
         plan["train"] = {**plan.get("train", {}), "steps": 2, "batch_size": 4, "warmup": 0}
-        plan["data"] = {**plan["data"], "max_length": 128, "train": {**plan["data"]["train"], "limit": 64}}
+        train = plan["data"]["train"]
+        few = [{**source, "limit": 64} for source in train] if isinstance(train, list) else {**train, "limit": 64}
+        plan["data"] = {**plan["data"], "max_length": 128, "train": few}
         plan["audit"] = {**plan.get("audit", {}), "enabled": False}
     if plan := stage.get("compress"):
         plan |= {"tokens": 512, "steps": 2}

@@ -77,13 +77,13 @@ def test_example_runs(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_quick_is_quick_on_paper() -> None:
-    """Its size is what 40 s on two cores allow (measured: 4,400 tokens a second, and 13 s around the training); the time
+    """Its size is what 40 s on two cores allow (measured: 2,700 tokens a second, and 10 s around the training); the time
     itself is not asserted on busy machines."""
     plan = load_plan(ROOT / "examples" / "quick.yaml")
     assert plan.checkpoint.every > 0
     base = load_base("practice", weights=False)
     lengths = prepare(plan.data, base.tokenizer).train.lengths  # pyright: ignore[reportOptionalMemberAccess]
-    assert (plan.train.steps or 0) * plan.train.batch_size * float(lengths.mean()) <= 4_400 * (40 - 13)
+    assert (plan.train.steps or 0) * plan.train.batch_size * float(lengths.mean()) <= 2_700 * (40 - 13)
     assert plan.audit.items * len([*plan.audit.target, *plan.audit.guards, *plan.audit.shifted]) <= 64
 
 
