@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from luthier.effects.contract import effects
+
 HEAD = """# Effects in the practice world
 
 What the papers claim, looked for where the truth is known. Every row is a paired comparison over the same items and at least
@@ -29,7 +31,8 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, told in results.items():
         for claim in told["claims"]:
             lines.append(_row(name, told, claim))
-    lines.append("")
+    missing = [name for name in effects() if name not in results]
+    lines += ["", f"Written and not run yet: {', '.join(missing)}.", ""] if missing else [""]
     for name, told in results.items():
         lines += _part(name, told)
     return "\n".join(lines).rstrip() + "\n"
