@@ -20,13 +20,11 @@ import numpy as np
 
 from luthier.effects.contract import Cell, Claim, Effect, Scores, effect_named, waiting
 from luthier.errors import LuthierError
-from luthier.measuring.protocol import POWER, Arm, Plan, judge, paired, spread
+from luthier.measuring.protocol import Arm, Plan, judge, paired, spread
 
 SEEDS = 5
 TRIALS = 2
 """Trial seeds: the first sweeps the rates, all of them at the best rate are the pilot."""
-ERRORS = 4.0
-"""Standard errors from which an effect counts as seen."""
 
 
 def digest(name: str) -> str:
@@ -181,11 +179,9 @@ def _judged(claim: Claim, plan: Plan, scores: dict[str, np.ndarray], arms: dict[
         "sign": claim.sign,
         "items": found.items,
         "power": round(plan.power(), 3),
-        "enough_power": plan.power() >= POWER,
         "effect": found.effect,
         "interval": [found.low, found.high],
         "errors": found.errors,
-        "seen": claim.sign == 0 or abs(found.errors) >= ERRORS,
         "verdict": verdict.verdict,
         "reason": str(verdict),
     }

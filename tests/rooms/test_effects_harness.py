@@ -15,7 +15,6 @@ from luthier.effects.contract import Cell, effect_named, effects
 from luthier.effects.page import page
 from luthier.effects.run import run
 from luthier.errors import LuthierError
-from luthier.papers.table import papers
 
 MADE = '''
 """Made up: `better` gains 20 points at its best rate, `same` none."""
@@ -101,16 +100,6 @@ def test_the_command_writes_what_it_found_and_keeps_what_it_did_not_run(made, tm
     assert main(["planned", *arguments]) == 0
     assert {"made", "planned"} == json.loads((docs / "evidence" / "effects.json").read_text()).keys()
     assert "*waiting for* a piece" in (docs / "effects.md").read_text()
-
-
-def test_every_effect_is_about_papers_there_are_and_sweeps_its_arms_alike():
-    rows = {row.id for row in papers()}
-    for name in effects():
-        effect = effect_named(name)
-        assert effect.PAPERS and rows.issuperset(effect.PAPERS), name
-        assert len({len(rates) for rates in effect.ARMS.values() if rates}) <= 1, name
-        arms = {side.partition(":")[0] for claim in effect.CLAIMS for side in (claim.baseline, claim.method)}
-        assert arms and arms <= set(effect.ARMS), name
 
 
 def test_bad_words_get_one_line(made, capsys):
