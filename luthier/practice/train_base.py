@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from luthier.bases.built import ASSETS
 from luthier.errors import LuthierError
 from luthier.practice.muon import Muon
 from luthier.practice.shapes import M, Size, loss_of, new_model
 from luthier.practice.stream import SEED, Ahead, Stream
 from luthier.practice.tokenizer import MASK
 from luthier.training.fast import slow_down, speed_up
-
-ASSET = Path(__file__).parent.parent / "assets" / "practice" / "base"
 
 
 @dataclass(frozen=True)
@@ -222,9 +221,7 @@ def _same_run(out: Path, run: Run, size: Size, told: Mapping[str, Any]) -> None:
     path = out / "run.json"
     now = {"run": asdict(run), "size": asdict(size), "told": dict(told)}
     if path.is_file():
-        held = json.loads(path.read_text())
-        usual = {"run": asdict(Run()), "size": asdict(Size()), "told": {}}  # of settings that older runs did not state
-        before = {part: usual[part] | held.get(part, {}) for part in now}
+        before = json.loads(path.read_text())
         differs = [
             f"{part}.{key}: {before[part].get(key)} before, {value} now"
             for part in now
@@ -270,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told.install:
             if not (told.out / "base").is_dir():
                 raise LuthierError(f"practice base: {told.out} is not finished; call again without --minutes")
-            shutil.copytree(told.out / "base", ASSET, dirs_exist_ok=True)
+            shutil.copytree(told.out / "base", ASSETS / "base", dirs_exist_ok=True)
     except LuthierError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -11,9 +11,10 @@ import torch
 
 from luthier.errors import LuthierError
 from luthier.practice import card, world
+from luthier.practice.card import ASSET
 from luthier.practice.muon import orthogonal
 from luthier.practice.stream import PROMPT_WEIGHT, Stream
-from luthier.practice.train_base import ASSET, Run, Size, load_state, new_model, optimisers, train
+from luthier.practice.train_base import Run, Size, load_state, new_model, optimisers, train
 
 BUILT = (ASSET / "model.safetensors").is_file()
 needs_base = pytest.mark.skipif(not BUILT, reason="the practice base is not built; run make practice-base")
