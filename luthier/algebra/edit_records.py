@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from luthier.bridge.target import Target
 from luthier.data.read import read
+from luthier.data.template import rendered
 from luthier.editing.engine import Request, Text
 from luthier.errors import LuthierError, nearest
 from luthier.plan.schema import SourceSpec
@@ -66,9 +67,9 @@ def _edit(raw: Mapping[str, Any], where: str) -> Record:
         f = {**f, **rewrite, "prompt": str(rewrite.get("prompt", "")).replace("{}", subject)}
     f = {_OTHERS.get(k, k): v for k, v in f.items()}
     if lacks := [k for k in ("prompt", "target_new") if not _word(f.get(k))]:
-        given = nearest(lacks[0], raw, "field")
+        told = "it is there, and empty or no text" if lacks[0] in f else nearest(lacks[0], raw, "field")
         raise LuthierError(
-            f"{where}: no '{lacks[0]}' in this edit record; {given}: an edit states prompt and target_new"
+            f"{where}: no '{lacks[0]}' in this edit record; {told}: an edit states prompt and target_new"
         )
     prompt, subject = str(f["prompt"]), _word(f.get("subject"))
     if subject and "{}" in prompt:
@@ -208,8 +209,8 @@ class Writer:
             gap = "" if not target or prompt[-1:].isspace() or target[:1].isspace() else " "
             return prompt, gap + target, self.ends
         turn = [{"role": "user", "content": prompt}]
-        asked = self.words.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        whole = self.words.apply_chat_template([*turn, {"role": "assistant", "content": target}], tokenize=False)
+        asked = rendered(self.words, turn, ask=True)
+        whole = rendered(self.words, [*turn, {"role": "assistant", "content": target}])
         rest = whole[len(asked) :] if whole.startswith(asked) else target
         at = rest.find(target.strip())
         before, after = (rest[:at], rest[at + len(target.strip()) :]) if target and at >= 0 else ("", "")

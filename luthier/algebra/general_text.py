@@ -10,6 +10,7 @@ import torch
 
 from luthier.bridge.target import Target
 from luthier.data.read import read
+from luthier.data.template import rendered
 from luthier.editing.engine import Text
 from luthier.errors import LuthierError
 from luthier.plan.schema import SourceSpec
@@ -79,7 +80,7 @@ class GeneralText:
         if turns is None and "prompt" in f and "completion" in f:
             turns = [{"role": "user", "content": f["prompt"]}, {"role": "assistant", "content": f["completion"]}]
         if turns is not None and words.chat_template:
-            text = words.apply_chat_template(turns, tokenize=False)
+            text = rendered(words, turns)
             return words(text, add_special_tokens=False, verbose=False)["input_ids"]
         text = f.get("text") or "\n".join(str(m.get("content") or "") for m in turns or [])
         if not text:
@@ -106,7 +107,7 @@ class GeneralText:
         """What stands before the first word: the opening of a user's turn, or a start token."""
         words = self.on.tokenizer
         if words.chat_template:
-            text = words.apply_chat_template([{"role": "user", "content": "§"}], tokenize=False).partition("§")[0]
+            text = rendered(words, [{"role": "user", "content": "§"}]).partition("§")[0]
             if ids := words(text, add_special_tokens=False)["input_ids"]:
                 return list(ids)
         first = words.bos_token_id if words.bos_token_id is not None else words.eos_token_id

@@ -53,6 +53,11 @@ class Attached:
     def build(self, name: str, form: Form, sites: Iterable[Site], seed: int = 0) -> Piece:
         """A fresh piece: its numbers are drawn per site, from `seed` and the site's name alone, then started."""
         p, fixed, table = {}, {}, {}
+        sites = list(sites)
+        try:
+            form.check(sites)
+        except ValueError as e:
+            raise LuthierError(f"piece '{name}', form '{FORMS.name_of(type(form))}': {e}") from e
         for site in sites:
             if site.kind not in form.kinds:
                 raise LuthierError(

@@ -21,9 +21,13 @@ def locate(spec: BaseSpec, weights: bool = True) -> Path:
     A copy in the local cache is used as it is, without asking the hub; state a commit as revision to be exact.
     Raises LuthierError in one line where the base cannot be had.
     """
-    if spec.name.split("/")[0] == "practice":
+    built_in, folder = spec.name.split("/")[0] == "practice", Path(spec.name).expanduser()
+    if spec.revision and (built_in or folder.is_dir()):
+        raise LuthierError(
+            f"base {spec.name} is a folder and has no revision '{spec.revision}': leave base.revision out, or give a hub name"
+        )
+    if built_in:
         return practice_folder(spec.name)
-    folder = Path(spec.name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -21,6 +21,7 @@ from luthier.bridge.peft_in import PREFIX, ROWS
 from luthier.bridge.target import Target, target
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta, Piece
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 
 TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -38,9 +39,7 @@ def to_peft(
     differences), and used to shorten target_modules. base_name: what the adapter says it belongs to; default the delta's.
     task: PEFT's task_type; default by the base's kind.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise LuthierError(f"{folder} is not empty: name another folder, or remove it")
+    folder = refuse_existing(folder)
     on = None if base is None else target(base)
     if not delta.pieces:
         raise LuthierError("the delta has no piece: there is nothing to write")

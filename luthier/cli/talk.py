@@ -75,8 +75,9 @@ def chat(
 ) -> None:
     """Talk to a base with deltas. An empty line or Ctrl-D ends; /new starts over; /base asks the base alone."""
     from luthier.cli.console import out, plain, say
-    from luthier.verbs.generate import Speaker
+    from luthier.verbs.generate import Speaker, check_heat
 
+    check_heat(temperature)
     speaker = Speaker(base, delta or ())
     begin = [{"role": "system", "content": system}] if system else []
     turns, bare = list(begin), False

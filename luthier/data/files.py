@@ -197,6 +197,10 @@ def one_object_a_line(path: Path) -> bool:
     return False
 
 
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (" …" if len(names) > 6 else "")
+
+
 def json_array(path: Path) -> list[Any]:
     text = whole(path)
     try:
@@ -206,7 +210,9 @@ def json_array(path: Path) -> list[Any]:
     if isinstance(value, dict):
         lists = [k for k, v in value.items() if isinstance(v, list)]
         hint = f"write the array under {lists[0]!r} alone" if lists else "wrap the record in [ ]"
-        raise LuthierError(f"{path} holds one object with keys {sorted(value)}, not an array of records: {hint}")
+        raise LuthierError(
+            f"{path} holds one object with the keys {_few(sorted(value))}, not an array of records: {hint}"
+        )
     if not isinstance(value, list):
         raise LuthierError(f"{path} holds a {type(value).__name__}, not an array of records")
     if not value:

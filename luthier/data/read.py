@@ -185,9 +185,13 @@ def open_source(source: SourceSpec) -> Opened:
             f"data source {source.path}: unknown scheme {scheme!r}; {nearest(scheme, SCHEMES, 'scheme')}"
         )
     path = Path(os.path.expandvars(os.path.expanduser(source.path)))
+    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        return saved_dataset(source, path)
+    if path.exists() or glob.has_magic(str(path)):
+        _no_parts(source)
     if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return saved_dataset(source, path)
+        if (path / "config.json").exists():
+            raise LuthierError(f"data source {source.path} is a model's folder: give a file or folder of records")
         found = sorted(
             p for p in path.rglob("*") if p.is_file() and suffix_of(p) in READERS and not p.name.startswith(".")
         )
@@ -200,9 +204,23 @@ def open_source(source: SourceSpec) -> Opened:
             source.pattern,
             source.path,
         )
+    if path.exists():
+        raise LuthierError(f"data source {source.path} is no regular file: write it to a file first")
     if looks_like_a_file(source.path):
         raise LuthierError(f"data file {source.path} does not exist{beside(path)}")
     return hub_dataset(source)
+
+
+def _no_parts(source: SourceSpec) -> None:
+    """Files are read whole: a split or subset that is stated of them would silently mean nothing.
+
+    'train' and 'test' stand for nothing stated: they are what sources of data and of audits have by default.
+    """
+    named = ("subset", source.subset) if source.subset else ("split", source.split)
+    if named[1] not in ("train", "test"):
+        raise LuthierError(
+            f"data source {source.path}: files have no {named[0]} {named[1]!r}: name the file that holds it, or leave it out"
+        )
 
 
 def looks_like_a_file(path: str) -> bool:

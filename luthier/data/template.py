@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 
 from luthier.data.ledger import Ledger
 from luthier.data.records import MESSAGE_ROLES, ROLES, THINK, TURN_KEYS, Message
@@ -34,6 +35,7 @@ Span = tuple[int, int, float]
 """Characters from, to (exclusive), and the loss weight of the tokens among them."""
 
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+BLOCK = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 SWAPS = ("Qx7Zk", "Jv3Ww")
 """Two strings that differ in their first and last letters, so that one of them differs from any answer there."""
 BROKEN = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError)
@@ -58,6 +60,18 @@ class Rendered:
     plain: bool = False
     answers: bool = True
     says_nothing: bool = False
+
+
+def rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
+    """The conversation as the tokenizer's own template writes it; a template that fails on it is an error."""
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    except BROKEN as e:
+        raise LuthierError(f"the base's chat template fails: {_why(e)}; mend it in the base's folder") from e
+
+
+def _why(e: BaseException) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0]
 
 
 def template_text(spec: DataSpec, tokenizer: Any) -> str | None:
@@ -99,9 +113,24 @@ class Chat:
         for role in spec.role_weights:
             if role not in MESSAGE_ROLES and get_close_matches(role, MESSAGE_ROLES, 1, 0.7):
                 raise LuthierError(f"data.role_weights: unknown role {role!r}; {nearest(role, MESSAGE_ROLES, 'role')}")
+        self._check_options()
         self.marked = bool(self.text and MARK.search(self.text))
         self.special = sorted({str(t) for t in tokenizer.all_special_tokens}, key=len, reverse=True)
         self.inside = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
+
+    def _check_options(self) -> None:
+        """A variable that the template never reads is misspelt; one without a template has nothing to reach."""
+        if not self.spec.template_options:
+            return
+        try:
+            parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(BLOCK.sub("", self.text or ""))
+        except jinja2.TemplateError:
+            return  # of unknown tags, or broken: rendering will tell
+        read = jinja2.meta.find_undeclared_variables(parsed)
+        for name in self.spec.template_options:
+            if name not in read:
+                told = nearest(name, read, "variable")
+                raise LuthierError(f"data.template_options: the chat template reads no {name!r}; {told}")
 
     # --- rendering
 
@@ -126,9 +155,8 @@ class Chat:
                 **{**self.tokenizer.special_tokens_map, **self.spec.template_options, **options},
             )
         except BROKEN as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise LuthierError(
-                f"{where}: the chat template fails on this record: {reason}; mend it or state data.template"
+                f"{where}: the chat template fails on this record: {_why(e)}; mend it or state data.template"
             ) from e
         return texts[0], found[0] if found else []
 

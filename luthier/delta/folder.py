@@ -9,8 +9,18 @@ from luthier.errors import LuthierError
 
 
 def refuse_existing(folder: str | os.PathLike[str]) -> Path:
-    """The folder's path; an error where it is there already and not empty, or is no folder."""
+    """The folder's path; an error where it is there already and not empty, is no folder, or cannot be made there."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_dir() and any(folder.iterdir()):
         raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
+    return free_for_files(folder)
+
+
+def free_for_files(folder: Path) -> Path:
+    """The folder, if files can be put there: to be asked before anything is worked out. Nothing is made."""
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place):
+            if place.is_dir() and os.access(place, os.W_OK):
+                return folder
+            raise LuthierError(f"{place} is no folder that can be written to: choose another --out")
     return folder

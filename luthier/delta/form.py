@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,6 +119,9 @@ class Form:
     """Trained numbers that all sites of a piece have in common, of one shape: one parameter on the model, a copy at every
     site in the delta."""
     paper: ClassVar[str] = ""
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raises ValueError where the settings cannot be meant for these sites, which are all of a piece."""
 
     def build(self, site: Site, g: Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Trained and constant numbers for a site, drawn with generator g, on the CPU in float32."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import ClassVar, Literal, TypeVar
@@ -18,10 +18,14 @@ from luthier.parts.lowrank import add_lowrank, row_norms
 T = TypeVar("T")
 
 
+def named(pattern: str, site: Site) -> bool:
+    """Whether a pattern is the site's role, a beginning of it, or matches its name."""
+    return f"{site.role}.".startswith(f"{pattern}.") or fnmatch(site.name, pattern)
+
+
 def own(table: Mapping[str, T], site: Site, default: T) -> T:
-    """The value of the first pattern that is the site's role, a beginning of it, or matches its name; else `default`."""
-    found = (v for k, v in table.items() if f"{site.role}.".startswith(f"{k}.") or fnmatch(site.name, k))
-    return next(found, default)
+    """The value of the first pattern that names the site; else `default`."""
+    return next((v for k, v in table.items() if named(k, site)), default)
 
 
 @FORMS.add("lora")
@@ -53,8 +57,14 @@ class LoRA(Form):
     def __post_init__(self) -> None:
         if self.rank < 1 or any(r < 1 for r in self.ranks.values()):
             raise ValueError(f"rank must be at least 1, got {min([self.rank, *self.ranks.values()])}")
+        if any(a == 0 for a in (self.alpha, *self.alphas.values())):
+            raise ValueError("alpha must not be 0, where nothing would be trained")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    def check(self, sites: Sequence[Site]) -> None:
+        if idle := [k for k in (*self.ranks, *self.alphas) if not any(named(k, s) for s in sites)]:
+            raise ValueError(f"'{idle[0]}' in ranks or alphas names none of its sites: correct it, or leave it out")
 
     def at_site(self, site: Site) -> tuple[int, float]:
         """Rank and scale s there."""

@@ -67,16 +67,6 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def free_for_files(folder: Path) -> Path:
-    """The folder, if files can be put there: to be asked before anything is measured. Nothing is made."""
-    for place in (folder, *folder.parents):
-        if place.exists():
-            if place.is_dir() and os.access(place, os.W_OK):
-                return folder
-            raise LuthierError(f"{place} is no folder that can be written to: choose another --out")
-    return folder
-
-
 def replace_text(path: Path, text: str) -> None:
     """All or nothing: a full disk leaves the file that was there."""
     part = path.with_name(f".{path.name}.part")

@@ -77,10 +77,10 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     text = _text(Path(where))
     raw = read_yaml(text, where)
     if raw is None:
-        raise LuthierError(f"{where}: the plan is empty: state at least data and delta")
+        raise LuthierError(f"{where}: the plan is empty: state its sections, such as data and delta")
     if not isinstance(raw, dict):
         raise LuthierError(
-            f"{where}: a plan is a table of sections (data:, delta: …), got {type(raw).__name__}: see docs/plan.md"
+            f"{where}: a plan is a table of sections (key: value lines), got {type(raw).__name__}: see docs/plan.md"
         )
     return where, raw
 
@@ -114,6 +114,8 @@ def override(raw: dict[str, Any], stated: str, run: bool = True) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise LuthierError(f"override '{stated}': write it as key=value, such as train.lr=1e-4")
+    if not text.strip():
+        raise LuthierError(f"override '{stated}': there is no value: give one, or null for none")
     value = expand(read_yaml(text, f"override '{stated}'"), path)
     if run:
         _open(raw)

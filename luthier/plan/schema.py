@@ -174,7 +174,7 @@ class TrainSpec(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the data; steps overrides it.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps.")
     batch_size: int = Field(8, ge=1, description="Rows in a micro-batch on each process.")
-    tokens_at_once: int | Literal["auto"] | None = Field(
+    tokens_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto",
         description="Positions in one forward pass; larger micro-batches are cut into parts that give the same sums. "
         "auto is 512 on a CPU; null never cuts.",

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from luthier.attach.assembly import switch
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import free_for_files
 from luthier.delta.wiring import Wiring, is_assembly
 from luthier.errors import LuthierError
 from luthier.measuring.audit import audit as measure
-from luthier.measuring.report import free_for_files, write_report
+from luthier.measuring.report import write_report
 from luthier.plan import Plan
 from luthier.plan.measuring import load_measuring
 from luthier.verbs.load import load_all

@@ -57,6 +57,8 @@ def compress(
     _checks(made, spec)
     base, change, own, on = _sides(spec, own, made)
     outcome = run(base, change, made, spec, on, progress)
+    if not any(row.size for row in outcome.roles):
+        raise LuthierError(f"{spec.tuned or spec.delta or spec.base} changes nothing: there is no change to compress")
     delta = outcome.delta
     delta.lineage = _lineage(spec, own, outcome)
     if own is not None:

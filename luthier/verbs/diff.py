@@ -11,6 +11,7 @@ from luthier.algebra.diff import Diff, Extraction
 from luthier.algebra.diff import diff as take
 from luthier.bases.hardware import total_memory
 from luthier.bridge.checkpoint import Checkpoint
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 
 __all__ = ["Diff", "diff"]
@@ -42,6 +43,7 @@ def diff(
     if not stated and (sites or rest != "exact"):
         raise LuthierError("sites and rest belong to an extraction: state a rank, an energy or a ratio with them")
     how = Extraction(rank, energy, ratio, tuple(sites), rest) if stated else None
+    refuse_existing(out)
     one, two = Checkpoint(base), Checkpoint(tuned)
     found = take(one, two, out, how)
     if probes:

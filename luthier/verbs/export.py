@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError, nearest
 
 FORMATS = ("hf", "peft")
@@ -33,6 +34,7 @@ def export(
     from luthier.bridge.proof import refuse, same_base
     from luthier.verbs.load import load_base_for
 
+    refuse_existing(out)
     own = delta if isinstance(delta, Delta) else Delta.load(delta)
     name = base if base is not None else own.base.get("name")
     if name is None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.delta.folder import free_for_files
 from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError
 from luthier.measuring.cost import Watch
 from luthier.measuring.gate import POWER
 from luthier.measuring.gate import gate as measure
 from luthier.measuring.gate_page import write_gate
-from luthier.measuring.report import free_for_files
 from luthier.plan.measuring import limits, load_measuring
 from luthier.plan.schema import Plan
 from luthier.training.certificate import versions

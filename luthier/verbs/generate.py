@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.attach.assembly import Assembly, switch
-from luthier.data.template import unknown_role
+from luthier.data.template import rendered, unknown_role
 from luthier.errors import LuthierError
 from luthier.sampling.generate import Sampling
 from luthier.sampling.generate import generate as decode
@@ -54,10 +54,7 @@ class Speaker:
     ) -> list[str]:
         """The answers, in order. raw: go on from the text itself; without: with the deltas switched off. draft: of an
         assembly, tokens that its small tuned model writes ahead at a time; `drafting` then says what came of it."""
-        if not 0 <= temperature < math.inf:
-            raise LuthierError(
-                f"temperature: {temperature} is no finite number of at least 0; 0 takes the likeliest token"
-            )
+        check_heat(temperature)
         if draft and not isinstance(self.model, Assembly):
             raise LuthierError("draft: only an assembly has a small model that writes ahead: leave draft out")
         ids = [self._ids(p, raw) for p in prompts]
@@ -88,8 +85,14 @@ class Speaker:
         for message in messages:
             if wrong := unknown_role(str(message["role"]), chat if isinstance(chat, str) else None):
                 raise LuthierError(f"a prompt has the {wrong}")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = rendered(self.tokenizer, messages, ask=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_heat(temperature: float) -> None:
+    """An error for a temperature that nothing can be drawn at."""
+    if not 0 <= temperature < math.inf:
+        raise LuthierError(f"temperature: {temperature} is no finite number of at least 0; 0 takes the likeliest token")
 
 
 def generate(base: Any, prompts: str | Sequence[Prompt], deltas: Iterable[Any] = (), **options: Any) -> list[str]:
@@ -130,6 +133,8 @@ def _prompt(line: str, where: str) -> Prompt:
         said = e.msg if isinstance(e, json.JSONDecodeError) else str(e)
         raise LuthierError(f"{where}: not JSON ({said}): correct that line") from e
     messages = row.get("messages") if isinstance(row, dict) else None
+    if messages is not None and row.get("prompt"):
+        raise LuthierError(f"{where}: has 'prompt' and 'messages': leave one of them out")
     if isinstance(messages, list) and messages:
         for n, message in enumerate(messages):
             if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):

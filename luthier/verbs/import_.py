@@ -10,6 +10,7 @@ from luthier.bridge.peft import from_peft
 from luthier.bridge.proof import prove
 from luthier.bridge.target import target
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 
 
@@ -18,8 +19,8 @@ def import_(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None =
 
     base: default the one that adapter_config.json names.
     """
-    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
-        raise LuthierError(f"{out} is not empty: name another folder, or remove it")
+    if out is not None:
+        refuse_existing(out)
     from luthier.bridge.peft_config import read_config
 
     named = read_config(Path(folder)).get("base_model_name_or_path")

@@ -58,6 +58,9 @@ def load_all(
     if is_assembly(base):
         return _assembly(base, deltas, fold, check, device, fields)
     given = [deltas] if isinstance(deltas, (str, os.PathLike, Delta)) else list(deltas)
+    folders = [Path(d).resolve() for d in given if not isinstance(d, Delta)]
+    if twice := next((d for d in folders if folders.count(d) > 1), None):
+        raise LuthierError(f"the delta {twice} is given twice: leave one of them out")
     own = [d if isinstance(d, Delta) else _read(d) for d in given]
     on = load_base_for(base, [d for d in own if d is not None], fields, device)
     ready = [d if d is not None else prove(from_peft(path, on), on) for d, path in zip(own, given, strict=True)]

@@ -33,6 +33,9 @@ from luthier.training.lock import locked
 from luthier.training.run import Training, build, plain, signals
 from luthier.verbs.push import check_push, push
 
+WRITTEN = ("README.md", "report.html", "report.json", "log.jsonl")
+"""What a run writes over in its folder, beside the delta."""
+
 
 @dataclass
 class Run:
@@ -81,6 +84,10 @@ def tune(
     for name in ("config.json", "adapter_config.json", "assembly.json"):
         if (folder / name).exists():
             raise LuthierError(f"{folder} holds another model ({name}): choose another --out")
+    if (folder / "delta.json").exists() and latest(folder / "checkpoints") is None:
+        raise LuthierError(f"{folder} holds a finished delta: choose another --out, or remove it")
+    if not (folder / ".lock").exists() and (theirs := next((n for n in WRITTEN if (folder / n).exists()), None)):
+        raise LuthierError(f"{folder} holds a {theirs} that is of no run: choose another --out")
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(folder) if first else nullcontext():
         have = latest(folder / "checkpoints")

@@ -224,6 +224,16 @@ def test_a_role_of_ones_own_is_stated(here: Path) -> None:
         ("delta.sites=[]", "delta.0.sites: is empty"),
         ("delta.layers=[]", "delta.0.layers: is empty"),
         ("train.lr", "write it as key=value"),
+        ("train.steps=", "there is no value: give one, or null for none"),
+        ("train.tokens_at_once=0", "train.tokens_at_once"),
+        ("base.revision=x", "is a folder and has no revision 'x'"),
+        ("data.train.0.split=nosuch", "files have no split 'nosuch'"),
+        ("data.train.0.subset=x", "files have no subset 'x'"),
+        ("data.train=base", "is a model's folder"),
+        ("data.train=/dev/null", "is no regular file"),
+        ("data.template_options={x: 1}", "the chat template reads no 'x'"),
+        ("delta.alpha=0", "alpha must not be 0"),
+        ("delta.ranks={nope: 4}", "'nope' in ranks or alphas names none of its sites"),
     ],
 )
 def test_bad_overrides(override: str, said: str, here: Path, capsys: Any) -> None:
@@ -266,6 +276,85 @@ def test_what_cannot_be_measured_is_told_before_the_training(
 )
 def test_empty_arguments(arguments: list[str], said: str, here: Path, capsys: Any) -> None:
     assert said in refused(here, capsys, *arguments)
+
+
+EDIT = '{"prompt": "The capital of {}", "subject": "France", "target_new": "Rome"}\n'
+AUDIT = ("--plan", "plan.yaml", "audit.enabled=true", "audit.target=[good.jsonl]")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "delta", "--to", "hf"),
+        ("export", "delta", "--to", "peft"),
+        ("import", "base"),
+        ("compress", "delta"),
+        ("merge", "base", "base+delta", "-m", "linear"),
+        ("diff", "base", "base"),
+        ("port", "delta", "--onto", "base"),
+        ("assemble", "--large", "base", "--expert", "delta"),
+        ("rebase", "delta", "--onto", "base", *AUDIT),
+        ("edit", "base", "edit.jsonl", "-m", "rome"),
+        ("audit", "delta", *AUDIT),
+        ("gate", "base", "delta", *AUDIT),
+    ],
+)
+@pytest.mark.parametrize("out", ["good.jsonl", "good.jsonl/below"])
+def test_a_file_in_the_place_of_the_folder_to_write_is_told_first(
+    command: tuple[str, ...], out: str, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "edit.jsonl").write_text(EDIT)
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda self: pytest.fail("a model was loaded"))
+    assert "good.jsonl is no folder that can be written to" in refused(here, capsys, *command, "-o", out)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("chat", "base", "--temperature", "nan"), "no finite number"),
+        (("generate", "base", "-p", "x", "-d", "delta", "-d", "./delta"), "is given twice"),
+        (("generate", "base", "-f", "both.jsonl"), "both.jsonl:1: has 'prompt' and 'messages'"),
+        (("compress", "base", "base", "-o", "x"), "base changes nothing"),
+        (("merge", "base@x", "base+delta", "-m", "linear", "-o", "x"), "has no revision 'x'"),
+        (("merge", "empty.yaml", "-o", "x"), "the plan is empty: state its sections"),
+        (("edit", "base", "edit.jsonl", "-m", "rome", "-o", "x"), "it is there, and empty"),
+    ],
+)
+def test_what_cannot_be_meant(command: tuple[str, ...], said: str, here: Path, capsys: Any) -> None:
+    (here / "both.jsonl").write_text(fields(prompt="a", messages=[{"role": "user", "content": "b"}]))
+    (here / "edit.jsonl").write_text(EDIT.replace("Rome", ""))
+    (here / "empty.yaml").write_text("")
+    before = state(here)
+    with pytest.raises(SystemExit) as left:
+        main(list(command))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and said in lines[-1] and state(here) == before
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "base", "-p", "x"), ("edit", "base", "edit.jsonl", "-m", "rome", "-o", "x")]
+)
+def test_a_broken_template_is_told(command: tuple[str, ...], here: Path, capsys: Any) -> None:
+    (here / "edit.jsonl").write_text(EDIT)
+    (here / "base" / "chat_template.jinja").write_text("{% for %}")
+    assert "chat template fails" in refused(here, capsys, *command)
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_finished_delta_is_not_written_over(more: tuple[str, ...], here: Path, capsys: Any) -> None:
+    assert "holds a finished delta" in refused(here, capsys, "tune", "plan.yaml", "-q", "-o", "delta", *more)
+
+
+def test_files_of_others_are_not_written_over(here: Path, capsys: Any) -> None:
+    (here / "README.md").write_text("mine")
+    assert "holds a README.md that is of no run" in refused(here, capsys, "tune", "plan.yaml", "-q", "-o", ".")
+
+
+def test_options_that_the_template_reads_are_taken(here: Path) -> None:
+    template = TEMPLATE.replace("{% for m", "{% if loud %}!{% endif %}{% for m")
+    assert len(rows_of(RECORD, template=template, template_options={"loud": True}).train) == 1
+    with pytest.raises(LuthierError, match="reads no 'luod'; did you mean 'loud'"):
+        rows_of(RECORD, template=template, template_options={"luod": True})
 
 
 def test_whole_characters_in_escapes_are_read(here: Path) -> None:
