@@ -13,6 +13,7 @@ from torch import Tensor
 from luthier.delta import Merge, Stack
 from luthier.errors import LuthierError
 from luthier.parts.bits import INTEGER
+from luthier.parts.scratch import Scratch
 from luthier.parts.spread import SPAN, Over
 from luthier.parts.trims import Chunk, wide
 
@@ -66,7 +67,7 @@ def weighted_sum(t: Stack, normalize: bool) -> Tensor:
             piece.addcmul_(x[a:b].to(kind), weight)
         flat[a:b] = piece.div_(total) if normalize else piece
 
-    t.over(flat.numel(), work)
+    t.over(flat.numel(), work, SPAN)
     return out
 
 
@@ -113,10 +114,10 @@ class TaskVectors(Merge):
         ]
         weights = [fixed(w, dtype) for w in t.each["weight"]]
         factors = [_factors(scale, weight, dtype) for scale, weight in zip(scales, weights, strict=True)]
-        total = fixed(sum(weights), dtype)
+        total, own = fixed(sum(weights), dtype), Scratch()
 
         def work(a: int, b: int) -> None:
-            parts = []
+            parts, mixed = [], flat[a:b]
             for chunk, thin, steps in zip(chunks, thins, factors, strict=True):
                 d = chunk(a, b)
                 if thin:
@@ -124,12 +125,15 @@ class TaskVectors(Merge):
                 for factor in steps:
                     d.mul_(factor)
                 parts.append(d)
-            mixed = _agreed(parts, weights, self.normalize) if self.consensus else _sum(parts)
+            if self.consensus:
+                _agreed(parts, weights, self.normalize, mixed, own)
+            else:
+                _sum(parts, mixed, own)
             if self.normalize and not self.consensus and abs(total) >= 1e-8:
                 mixed.div_(total)
             if self.lambda_ != 1:
                 mixed.mul_(self.lambda_)
-            torch.add(base[a:b], mixed, out=flat[a:b])
+            torch.add(base[a:b], mixed, out=mixed)
 
         t.over(n, work, span)
         return out
@@ -146,32 +150,33 @@ def _factors(scale: float, weight: float, dtype: torch.dtype) -> list[float]:
 
 
 def _difference(x: Tensor, base: Tensor) -> Chunk:
-    return lambda a, b: x[a:b] - base[a:b]
+    own = Scratch()
+    return lambda a, b: torch.sub(x[a:b], base[a:b], out=own.get("difference", b - a, x.dtype))
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    """A new tensor: the sum in the order given, taken wide and rounded once."""
-    total = parts[0].to(wide(parts[0].dtype), copy=True)
+def _sum(parts: list[Tensor], into: Tensor, own: Scratch) -> Tensor:
+    """`into`: the sum in the order given, taken wide and rounded once."""
+    total = own.get("sum", len(into), wide(into.dtype)).copy_(parts[0])
     for d in parts[1:]:
         total += d
-    return total.to(parts[0].dtype)
+    return into.copy_(total)
 
 
-def _agreed(parts: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
-    """Sum of the changes whose sign is that of the sum (≥ 0 counts as plus); divided by the weights that took part.
+def _agreed(parts: list[Tensor], weights: list[float], normalize: bool, mixed: Tensor, own: Scratch) -> None:
+    """`mixed`: the sum of the changes whose sign is that of the sum (≥ 0 counts as plus); divided by the weights that
+    took part where `normalize`.
 
     Signs are flipped and changes cut off through the integers of the same width, which takes a third of the time.
     Overwrites `parts`.
     """
-    dtype, kind = parts[0].dtype, INTEGER[parts[0].dtype]
-    sign = _sum(parts).view(kind).bitwise_and_(torch.iinfo(kind).min)
+    dtype, kind = mixed.dtype, INTEGER[mixed.dtype]
+    sign = _sum(parts, own.get("sign", len(mixed), dtype), own).view(kind).bitwise_and_(torch.iinfo(kind).min)
     raw = [d.view(kind).bitwise_xor_(sign).clamp_min_(0) for d in parts]
-    mixed = _sum(parts)
+    _sum(parts, mixed, own)
     if normalize:
         divisor = _shares(raw, weights, dtype)
         mixed.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))
     mixed.view(kind).bitwise_xor_(sign)
-    return mixed
 
 
 def _shares(raw: list[Tensor], weights: list[float], dtype: torch.dtype) -> Tensor:
@@ -192,11 +197,14 @@ def _regained(thin: Thin, chunk: Chunk, n: int, span: int, dtype: torch.dtype, d
 
     Random masks are worked on in float32 where the type is float16.
     """
+    own = Scratch()
+
+    def size(d: Tensor) -> float:
+        return float(own.get("wide", len(d), wide(dtype)).copy_(d).abs_().sum())
 
     def sizes(a: int, b: int) -> tuple[float, float]:
         d = chunk(a, b)
-        whole = float(d.to(wide(dtype), copy=True).abs_().sum())
-        return whole, float(thin.apply(a, d).to(wide(dtype), copy=True).abs_().sum())
+        return size(d), size(thin.apply(a, d))
 
     before, after = map(sum, zip(*over(n, sizes, span), strict=True))
     kind = torch.float32 if dtype == torch.float16 and (drawn or before >= 65504) else dtype

@@ -39,7 +39,7 @@ class Coin(Draw):
 
     The binary digits of the density, from the last to the first, join (1) or cut (0) a word of flags with a word of
     fresh random bits: each step leaves every flag set with the probability that the digits so far spell out. A density
-    of one half takes a single bit an entry, one that bfloat16 holds ten or so.
+    of one half takes a single bit an entry, one that bfloat16 holds ten or so. The flags are kept, a bit an entry.
     """
 
     def __init__(self, density: float, generator: torch.Generator) -> None:
@@ -48,19 +48,27 @@ class Coin(Draw):
         self.sure = code == 1 << 24
         digits = [] if self.sure else [code >> i & 1 for i in range(24)]
         self.digits = digits[digits.index(1) :] if 1 in digits else []
+        self._kept: dict[tuple[int, int], Any] = {}
 
     def flags(self, a: int, n: int) -> Tensor:
         """1 for those that stay of the n entries from number a on, else 0; uint8."""
         first = a // 64
-        count, each = (a + n + 63) // 64 - first, len(self.digits)
+        count = (a + n + 63) // 64 - first
+        words = self._kept.get((first, count))
+        if words is None:
+            words = self._kept[first, count] = self._joined(first, count)
+        return torch.from_numpy(np.unpackbits(words.view(np.uint8), bitorder="little")[a % 64 :][:n])
+
+    def _joined(self, first: int, count: int) -> Any:
+        each = len(self.digits)
         drawn = self.words(first * each, count * each).reshape(count, each)
         words = np.full(count, 2**64 - 1 if self.sure else 0, np.uint64)
         for digit, bits in zip(self.digits, drawn.T, strict=True):
-            words = words | bits if digit else words & bits
-        return torch.from_numpy(np.unpackbits(words.view(np.uint8), bitorder="little")[a % 64 :][:n])
+            (np.bitwise_or if digit else np.bitwise_and)(words, bits, out=words)
+        return words
 
     def apply(self, a: int, d: Tensor) -> Tensor:
         """Sets the dropped entries of d (a flat piece that starts at entry a) to 0 in place."""
         kind = INTEGER[d.dtype]
-        d.view(kind).mul_(self.flags(a, d.numel()).to(kind))
+        d.view(kind).mul_(self.flags(a, d.numel()))
         return d

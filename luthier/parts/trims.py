@@ -17,8 +17,6 @@ __all__ = ["SMALL", "SPAN", "Band", "Chunk", "band", "kth", "spans", "wide"]
 
 SMALL = 1 << 20
 """Up to so many entries, those that tie at a limit are told apart by torch's own sort; above, the first ones are kept."""
-BLOCK = 4 * SPAN
-"""Entries counted at a time: more than there are bins, so that adding up the counts is the smaller part."""
 
 Chunk = Callable[[int, int], Tensor]
 """Entries a to b of a flat tensor, on demand: (a, b) -> [b − a]. What it gives may be overwritten by the next call."""
@@ -43,13 +41,13 @@ def _tally(chunk: Chunk, n: int, keys: list[Callable[[Tensor], Tensor]], bins: i
     totals, lock = [torch.zeros(bins, dtype=torch.int64) for _ in keys], threading.Lock()
 
     def work(a: int, b: int) -> None:
-        bits = torch.cat([_bits(chunk(a + i, a + j)) for i, j in spans(b - a)])
+        bits = _bits(chunk(a, b))
         counts = [torch.bincount(key(bits), minlength=bins) for key in keys]
         with lock:
             for total, count in zip(totals, counts, strict=True):
                 total += count
 
-    over(n, work, BLOCK)
+    over(n, work, SPAN)  # pieces of more entries than there are bins: adding up the counts is the smaller part
     return totals
 
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from luthier.algebra import driver
 from luthier.algebra.driver import Crew
 from luthier.algebra.loads import Pool, finite
-from luthier.merging import slerp
+from luthier.merging import della, engine, slerp
 from luthier.parts import trims
 from luthier.parts.draws import Draw
-from luthier.parts.spread import SPAN, alone
+from luthier.parts.spread import alone
 from luthier.verbs.merge import merge
 
+SPAN = 1 << 16
 SHAPES = {"up_proj": (700, 301), "down_proj": (301, 700), "gate_proj": (64, 64)}
 
 
@@ -67,13 +68,16 @@ def test_cores_and_company_change_nothing(
     monkeypatch.setattr(slerp, "PIECE", 1000)
     monkeypatch.setattr(trims, "SMALL", 0)
     torch.set_num_threads(1)
+    whole = merged(shelf, tmp_path / "whole", method)
+    for room in (engine, della, trims):
+        monkeypatch.setattr(room, "SPAN", SPAN)
     one = merged(shelf, tmp_path / "one", method)
     torch.set_num_threads(3)
     three = merged(shelf, tmp_path / "three", method)
     monkeypatch.setattr(driver, "room", lambda: 1)  # nothing fits beside anything
     together = merged(shelf, tmp_path / "together", method)
     assert len(one) == len(SHAPES)
-    for other in (three, together):
+    for other in (whole, three, together):
         assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
