@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from luthier.parts.spread import spans
 
 PIECE = 1 << 20
 """Entries of a flat piece of a tensor, where tensors are read or merged in pieces."""
-LOOK = 1 << 17
+LARGE = 4 << 20
+"""Bytes from which a buffer is given large pages."""
+LOOK = 1 << 18
 """Entries looked at together: a copy of their bits stays in cache."""
 
 
@@ -120,7 +123,7 @@ class Pool:
             if kept:
                 self._size -= nbytes
                 return kept.pop()
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return fresh(nbytes)
 
     def like(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """A contiguous tensor of the same shape and type, its numbers yet to be written, and the buffer it lies in."""
@@ -145,6 +148,19 @@ class Pool:
         with self._lock:
             self._free.clear()
             self._size = 0
+
+
+def fresh(nbytes: int) -> Tensor:
+    """A flat tensor of bytes in memory not used before; in large pages where the system has them, else each small one
+    is handed out, and cleared, by itself."""
+    if nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a system without them
+        pass
+    return torch.frombuffer(block, dtype=torch.uint8)
 
 
 def nbytes_of(tensor: Tensor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-MOST_AHEAD, LEAST_AHEAD = 200 << 20, 8 << 20
+MOST_AHEAD, LEAST_AHEAD = 300 << 20, 8 << 20
 """Bytes read and not yet merged; one tensor of every model at least."""
 SHARE = 6
 """The part of what the process may still have that reading ahead takes is one in this many."""
