@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from luthier.practice.draw import Draw
 from luthier.practice.tokenizer import END
-from luthier.practice.world import Record, family_named, records, taught
+from luthier.practice.world import Record, family_named, records, split_of, taught
 
 SEED = 1
 """The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
@@ -88,8 +88,10 @@ class Stream:
         self.drawn += 1
         record = next(self.sources[name])
         text = "".join(f"<|{turn['role']}|>{turn['content']}{END}" for turn in record["messages"])
-        for asked, answer in getattr(family_named(record["family"]), "further", lambda _: [])(record):
-            text += f"<|user|>{asked}{END}<|assistant|>{answer}{END}"
+        family = record["family"]
+        for key, asked, answer in getattr(family_named(family), "further", lambda _: [])(record):
+            if split_of(family, key) == "train":
+                text += f"<|user|>{asked}{END}<|assistant|>{answer}{END}"
         return (f"<|system|>{system}{END}{text}", False) if system else (text, joins)
 
     def weights(self, ids: list[int]) -> list[float]:

@@ -114,6 +114,20 @@ def test_training_text_is_what_the_template_gives(tokenizer):
     assert all(set(wheel) == set(world.taught()) for wheel in stream.wheels)
 
 
+def test_what_the_text_asks_besides_is_in_no_test_split(tokenizer):
+    """Further questions about a text of the train split are a record's own, or have a meaning that train owns."""
+    stream = Stream(tokenizer, 32, 128, mixture={"tracking": 1})
+    besides = 0
+    for turns in (stream._draw()[0].split("<|end|>") for _ in range(400)):
+        asked = [t.removeprefix("<|user|>") for t in turns if t.startswith("<|user|>")]
+        told = asked[0][: asked[0].index("Where")]
+        for question in asked[1:]:
+            record = {"messages": [{"role": "user", "content": told + question}], "answer": "", "family": "tracking"}
+            assert world.split_of("tracking", world.meaning(record)) == "train"
+            besides += 1
+    assert besides > 200
+
+
 def test_a_stream_goes_on_where_another_stood(tokenizer):
     first = Stream(tokenizer, 4, 128)
     for _ in range(3):

@@ -1,0 +1,26 @@
+"""People who put things away and move them: the text of `tracking` and of `inventory`."""
+
+from __future__ import annotations
+
+from luthier.practice.draw import Draw
+from luthier.practice.words import FIRST, PLACES
+
+MOVES = ["{} puts the {} in the {}.", "{} moves the {} to the {}."]
+SHIFTED = ["Then {} hides the {} in the {}.", "Now {} carries the {} to the {}."]
+
+
+def tell(draw: Draw, objects: list[str], moves: int, shifted: bool) -> tuple[list[str], list[str], dict[str, str]]:
+    """(sentences, ``thing>place`` of each, where every thing is in the end). Each thing is put away once, in order; then any
+    are moved, to another place. Shifted: reworded from the second sentence on."""
+    at: dict[str, str] = {}
+    told, key = [], []
+    for i in range(moves):
+        thing = objects[i] if i < len(objects) else draw.pick(objects)
+        place = draw.pick(PLACES)
+        while at.get(thing) == place:
+            place = draw.pick(PLACES)
+        ways = SHIFTED if shifted and i else MOVES
+        told.append(ways[thing in at].format(draw.pick(FIRST), thing, place))
+        key.append(f"{thing}>{place}")
+        at[thing] = place
+    return told, key, at
