@@ -22,9 +22,12 @@ CLAIMS = (
     Claim("more than an honest one's do", "honest:vain", "vain:vain", effect=0.1),
     Claim("and raise the gold reward less", "honest:gold", "vain:gold", effect=0.03, sign=-1),
 )
-JUDGES = {"honest": Annotator(lapse=0.05, name="honest"), "vain": Annotator(length=8.0, lapse=0.05, name="vain")}
-"""Eight words more are to the vain one what keeping four conditions of five is to the gold reward."""
-STEPS, RECORDS, PAIRS, ITEMS = 150, 4000, 1500, 200
+JUDGES = {"honest": Annotator(lapse=0.05, name="honest"), "vain": Annotator(length=24.0, lapse=0.05, name="vain")}
+"""Four idle words more are to the vain one what being right is to the gold reward."""
+FAMILY, EACH = "lists", 2
+"""What is answered, and how many answers to a record a pair is chosen from: one is right, the others are to other records;
+either may begin with idle words."""
+STEPS, RECORDS, PAIRS, ITEMS = 150, 2400, 1500, 200
 """Steps of tuning on mixed answers before, their records, pairs for one pass of DPO at beta 0.1, tests."""
 
 
@@ -38,12 +41,12 @@ class Tasks(NamedTuple):
 
 
 def tasks(lab: Lab, cell: Cell) -> Tasks:
-    """What a run is made of. The arm "start" has no pairs: it ends after what is told, of which some keeps its conditions
-    and some does not, some begins with idle words and some does not, so that preferences can move either."""
+    """What a run is made of. The arm "start" has no pairs: it ends after what is told, of which half is right and
+    half begins with idle words, so that preferences can move either."""
     judge, seed = JUDGES.get(cell.arm), 100 + cell.seed + TRIAL_SEED * cell.trial
-    chosen = pairs("instructions", PAIRS, judge, seed=seed) if judge else []
-    told = [_answered(r, candidates(r, 4, seed)[0]) for r in lab.told("instructions", RECORDS)]
-    return Tasks(told, chosen, lab.items("instructions", ITEMS))
+    chosen = pairs(FAMILY, PAIRS, judge, seed=seed, per=EACH) if judge else []
+    told = [_answered(r, candidates(r, EACH, seed)[0]) for r in lab.told(FAMILY, RECORDS)]
+    return Tasks(told, chosen, lab.items(FAMILY, ITEMS))
 
 
 def _answered(record: Record, text: str) -> Record:

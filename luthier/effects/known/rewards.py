@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from luthier.effects.contract import Cell, Claim, Scores
-from luthier.effects.lab import Lab
-from luthier.practice.world import Record, verify
+from luthier.effects.lab import TRIAL_SEED, Lab
+from luthier.practice.oracles.pools import pool
+from luthier.practice.world import Record, records, verify
 
 ABOUT = "verifiable rewards move pass@1 from 5 to 40 per cent upwards, while pass@64 stays near twice the first pass@1"
 PAPERS = ("P165", "P206", "P404", "P433")
@@ -22,24 +23,28 @@ CLAIMS = (
     Claim("rewards raise pass@1", "start:pass1", "tuned:pass1", effect=0.1),
     Claim("pass@64 stays", "start:passk", "tuned:passk", effect=0.1, sign=0),
 )
-FAMILY, K = "lists", 64
-STEPS, PROMPTS, ITEMS = 100, 800, 60
-"""Steps of 16 prompts with 8 answers each at temperature 1, how many prompts there are, and tests."""
+FAMILY, K, WRONG = "lists", 64, 0.6
+TOLD, RECORDS, STEPS, PROMPTS, ITEMS = 14, 400, 100, 800, 80
+"""Steps of tuning before, on this many records of which WRONG are answered wrongly; steps of 16 prompts with 8 answers each at
+temperature 1, how many prompts there are, and tests."""
 
 
 class Tasks(NamedTuple):
-    """``prompts``: what is answered for rewards, in an order of the cell's own. ``asked``: tests."""
+    """``told``: answers of which most are wrong, to tune on first. ``prompts``: what is answered for rewards, in an order of
+    the cell's own. ``asked``: tests, to be answered K times at temperature 1."""
 
+    told: list[Record]
     prompts: list[Record]
     asked: list[Record]
 
 
 def tasks(lab: Lab, cell: Cell) -> Tasks:
-    """Prompts of the shifted split of a taught family: what is asked is known, how it is asked is not, so that a base is
-    right now and then and nothing need be told to it before. No prompt is a test."""
-    both = lab.items(FAMILY, ITEMS + PROMPTS, "shifted")
+    """What a run is made of. A base that knows its lists is told wrong ones too, until it is right now and then: as it
+    stands it is nearly as sure as it is right, and more answers bring few more right ones."""
+    prompts = list(records(FAMILY, "train", RECORDS + PROMPTS, seed=TRIAL_SEED + 1))[RECORDS:]
     order = np.random.default_rng(cell.seed).permutation(PROMPTS)
-    return Tasks([both[ITEMS + k] for k in order], both[:ITEMS])
+    told = pool(FAMILY, RECORDS, {"wrong": WRONG}, seed=TRIAL_SEED + 1).faulty
+    return Tasks(told, [prompts[k] for k in order], lab.items(FAMILY, ITEMS))
 
 
 def repeated(asked: Sequence[Record]) -> list[Record]:
