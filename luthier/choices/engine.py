@@ -158,23 +158,22 @@ class Pick(Choice):
                 scores = torch.rand(units.count, generator=self.generator(ctx, *key))
             else:
                 scores = units.score(lambda n: SCORES[self.score](n, ctx, self.rank)) * (1 if self.largest else -1)
-            chosen |= units.selection(self._taken(scores, units.sizes))
+            chosen |= units.selection(taken(self, scores, units.sizes))
         return chosen
 
-    def _taken(self, scores: Tensor, sizes: Tensor | None) -> Tensor:
-        """A mask of the units within the budget, best first; ties go to the earlier unit (among entries, to any)."""
-        k = self.count if self.count is not None else max(round((self.fraction or 0) * len(scores)), 1)
-        if self.parameters is None and k > len(scores):
-            raise LuthierError(f"choice: {k} {self.granularity}s are asked for where there are {len(scores)}")
-        if sizes is None:  # one number each, maybe billions: no sorting
-            best = scores.topk(
-                min(k if self.parameters is None else self.parameters, len(scores)), sorted=False
-            ).indices
-        else:
-            order = scores.argsort(descending=True, stable=True)
-            fitting = k if self.parameters is None else int((sizes[order].cumsum(0) <= self.parameters).sum())
-            best = order[:fitting]
-        return torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
+
+def taken(how: Pick, scores: Tensor, sizes: Tensor | None) -> Tensor:
+    """A mask of the units within the budget, best first; ties go to the earlier unit (among entries, to any)."""
+    k = how.count if how.count is not None else max(round((how.fraction or 0) * len(scores)), 1)
+    if how.parameters is None and k > len(scores):
+        raise LuthierError(f"choice: {k} {how.granularity}s are asked for where there are {len(scores)}")
+    if sizes is None:  # one number each, maybe billions: no sorting
+        most = min(k if how.parameters is None else how.parameters, len(scores))
+        best = scores.topk(most, sorted=False).indices
+    else:
+        order = scores.argsort(descending=True, stable=True)
+        best = order[: k if how.parameters is None else int((sizes[order].cumsum(0) <= how.parameters).sum())]
+    return torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
 
 
 # -- units: what a stratum is made of, numbered one after another over its parameters

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luthier.delta import COMPRESSIONS, FORMS, Change, Compression, No, Small
 from luthier.parts.packing import pack_codes
-from luthier.parts.rounding import best_step, from_codes, hessian, power_of_two, surgeon, to_codes
+from luthier.parts.rounding import hessian, power_of_two, round_groups
 from luthier.parts.svd import truncated_svd
 
 
@@ -47,36 +47,21 @@ class DeltaCoMe(Compression):
         _, _, vh = truncated_svd(c.change, sum(ranks), generator=c.generator)
         h = hessian(c.inputs, c.change.shape[1], self.damp)
         fixed: dict[str, Tensor] = {}
-        v = self._rounded("v", vh, h, ranks, fixed, across=False)
+        v = _packed("v", round_groups(vh, h, ranks, self.bits, across=False), self.bits, fixed)
         seen = v * h if h.dim() == 1 else v @ h
         gram = seen @ v.t()
         damped = gram + gram.diagonal().mean().clamp_min(1e-12) * 1e-4 * torch.eye(len(gram))
         fit = torch.linalg.solve(damped, seen @ c.change.t() / scale)
-        self._rounded("u", fit.t(), gram, ranks, fixed, across=True)
+        _packed("u", round_groups(fit.t(), gram, ranks, self.bits, across=True), self.bits, fixed)
         return Small(form, {"scale": scale[None]}, fixed)
 
-    def _rounded(
-        self, side: str, w: Tensor, h: Tensor, ranks: list[int], fixed: dict[str, Tensor], across: bool
-    ) -> Tensor:
-        """w [r, n] (rows are directions) or, `across`, [n, r] rounded group by group of directions; packed into `fixed`."""
-        bits = torch.repeat_interleave(torch.tensor(self.bits[: len(ranks)]), torch.tensor(ranks))
-        lines = w.t() if across else w
-        parts, steps = lines.split(ranks), []
-        for part, b in zip(parts, self.bits, strict=True):
-            steps.append(best_step(part, b).half().float() if len(part) else part.new_zeros(0, 1))
-        step = torch.cat(steps)[:, 0]
-        codes = torch.zeros(lines.shape, dtype=torch.int64)
 
-        def column(j: int, now: Tensor, d: Tensor) -> Tensor:
-            if across:  # one direction, all its entries
-                codes[j] = to_codes(now[:, j], step[j], int(bits[j]))
-                return from_codes(codes[j], step[j], int(bits[j]))
-            half = (2.0**bits - 1) / 2
-            codes[:, j] = torch.minimum((now[:, j] / step + half).round().clamp_min(0), 2 * half).long()
-            return (codes[:, j] - half) * step
-
-        out = surgeon(w, h, column)
-        for k, (part, b) in enumerate(zip(codes.split(ranks), self.bits, strict=True)):
-            if len(part):
-                fixed[f"{side}{k}"], fixed[f"s{side}{k}"] = pack_codes(part, b), steps[k][:, 0].half()
-        return out
+def _packed(
+    side: str, found: tuple[Tensor, list[Tensor], list[Tensor]], bits: tuple[int, ...], fixed: dict[str, Tensor]
+) -> Tensor:
+    """What was rounded; its groups' codes and steps go packed into `fixed`."""
+    out, codes, steps = found
+    for k, (part, step, b) in enumerate(zip(codes, steps, bits, strict=True)):
+        if len(part):
+            fixed[f"{side}{k}"], fixed[f"s{side}{k}"] = pack_codes(part, b), step.half()
+    return out

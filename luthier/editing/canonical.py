@@ -63,7 +63,7 @@ class Canonical(Edit):
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         texts, general = [q.new for q in requests], s.passages(self.tokens)
         seen, ball = general[::2], general[1::2]
-        masks = self.chosen(s, texts, seen)
+        masks = chosen(self, s, texts, seen)
         limit, lowest = (1 + self.ball) * mean_loss(s, ball), mean_loss(s, texts, closing=True)
         best: dict[str, Tensor] = {}
         for lr in self.lrs:
@@ -84,18 +84,21 @@ class Canonical(Edit):
                         best, lowest = {name: value.detach().clone() for name, value in w.items()}, now
         return dict(best)
 
-    def chosen(self, s: Subject, texts: Sequence[Text], general: Sequence[Text]) -> dict[str, tuple[Site, Tensor]]:
-        """Parameter -> its site and the mask of its chosen vectors, [1, d_in] or [d_out, 1]."""
-        sites = s.sites([self.role])
-        w, across = moving(s, sites), 0 if self.unit == "out" else 1
 
-        def sizes(part: Sequence[Text]) -> Tensor:
-            loss = target_nll(s.run(part, w).logits, part).mean()
-            return torch.cat([g.norm(dim=across) for g in torch.autograd.grad(loss, list(w.values()))])
+def chosen(
+    how: Canonical, s: Subject, texts: Sequence[Text], general: Sequence[Text]
+) -> dict[str, tuple[Site, Tensor]]:
+    """Parameter -> its site and the mask of its chosen vectors, [1, d_in] or [d_out, 1]."""
+    sites = s.sites([how.role])
+    w, across = moving(s, sites), 0 if how.unit == "out" else 1
 
-        every = torch.stack([sizes([general[n] for n in at]) for at in s.batches(general)]).mean(0)
-        picked = torch.zeros_like(every, dtype=torch.bool)
-        for text in texts:
-            picked[(sizes([text]) - self.contrast * every).topk(min(self.vectors, len(every))).indices] = True
-        parts = picked.split([value.shape[1 - across] for value in w.values()])
-        return {key(site): (site, m.unsqueeze(across)) for site, m in zip(sites, parts, strict=True) if m.any()}
+    def sizes(part: Sequence[Text]) -> Tensor:
+        loss = target_nll(s.run(part, w).logits, part).mean()
+        return torch.cat([g.norm(dim=across) for g in torch.autograd.grad(loss, list(w.values()))])
+
+    every = torch.stack([sizes([general[n] for n in at]) for at in s.batches(general)]).mean(0)
+    picked = torch.zeros_like(every, dtype=torch.bool)
+    for text in texts:
+        picked[(sizes([text]) - how.contrast * every).topk(min(how.vectors, len(every))).indices] = True
+    parts = picked.split([value.shape[1 - across] for value in w.values()])
+    return {key(site): (site, m.unsqueeze(across)) for site, m in zip(sites, parts, strict=True) if m.any()}

@@ -23,11 +23,10 @@ Places = Sequence[tuple[Site, str, int]]
 @dataclass(frozen=True)
 class MEND(Edit):
     """The gradient of a linear map's weight is Σ d uᵀ over tokens. For every shape of weight a network turns (u, d) into
-    (u', d'), and ΔW = −rate · Σ d' u'ᵀ. It is learnt on other records: −weight · log p(target | paraphrase, edited)
-    + KL(base ‖ edited) on neighbours and general text, back through the edit into the network alone. `train_records` of the plan are
-    these, or `editor` a delta folder that holds a learnt one. Many requests are one edit: their gradients add.
-
-    Without paraphrases the request itself stands for them; the general text is ours. Source: Mitchell et al. 2022 (P057).
+    (u', d'), and ΔW = −rate · Σ d' u'ᵀ. It is learnt on other records (`train_records` of the plan; or `editor` is a delta
+    folder that holds a learnt one): −weight · log p(target | paraphrase, edited) + KL(base ‖ edited) on neighbours and
+    general text, back through the edit into the network alone. Many requests are one edit: their gradients add. Without
+    paraphrases the request itself stands for them; the general text is ours. Source: Mitchell et al. 2022 (P057).
     """
 
     roles: tuple[str, ...] = ("ffn.up", "ffn.down")
@@ -53,32 +52,21 @@ class MEND(Edit):
         return dataclasses.replace(self, learnt=dict(numbers))
 
     def places(self, s: Subject) -> list[tuple[Site, str, int]]:
-        """The weights it edits, with their shape's name and their number among those of that shape."""
-        sites = s.sites(self.roles, self.layers or range(max(0, s.layers - 3), s.layers))
-        names = [f"{site.d_in}x{site.d_out}" for site in sites]
-        return [(site, name, names[:n].count(name)) for n, (site, name) in enumerate(zip(sites, names, strict=True))]
+        """The weights it edits, as `placed` has them."""
+        return placed(s.sites(self.roles, self.layers or range(max(0, s.layers - 3), s.layers)))
 
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         if not self.learnt:
             raise LuthierError("mend: no network: state train_records to learn one, or editor, a delta that holds one")
         places = self.places(s)
-        nets = Nets.read(self.learnt, s.weight(places[0][0]).device)
-        for _, name, number in places:
-            if not nets.knows(name, number):
-                raise LuthierError(
-                    f"mend: the editor knows no weight {number} of {name}: it was learnt on another base"
-                )
+        nets = known(Nets.read(self.learnt, s.weight(places[0][0]).device), places)
         parts = [changes(nets, places, gradients(s, places, [q.new])) for q in requests]
-        out: dict[str, Tensor | Small] = {}
-        for site, _, _ in places:
-            b, a = zip(*(part[key(site)] for part in parts), strict=True)
-            out[key(site)] = lowrank(torch.cat(b, 1), torch.cat(a, 0))
-        return out
+        pairs = {name: zip(*(part[name] for part in parts), strict=True) for name in parts[0]}
+        return {name: lowrank(torch.cat(b, 1), torch.cat(a, 0)) for name, (b, a) in pairs.items()}
 
     def learn(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor]:
         places, g = self.places(s), s.generator("editor")
-        weights = {key(site): s.weight(site) for site, _, _ in places}
-        raw = [gradients(s, places, [q.new]) for q in requests]
+        weights, raw = {key(p[0]): s.weight(p[0]) for p in places}, [gradients(s, places, [q.new]) for q in requests]
         seen: dict[str, list[list[Factors]]] = {}
         for site, name, _ in places:
             seen.setdefault(name, []).append([r[site.name] for r in raw])
@@ -88,16 +76,35 @@ class MEND(Edit):
         for step in range(self.steps):
             losses = []
             for n in next(order):
-                q, change = requests[n], changes(nets, places, raw[n])
-                edited = {name: w + change[name][0] @ change[name][1] for name, w in weights.items()}
-                asked, apart = list(q.paraphrases or [q.new]), [*q.neighbours, general[step % len(general)]]
-                with torch.no_grad():
-                    before = s.run(apart).logits
-                now = s.run([*asked, *apart], edited).logits
-                kept = target_kl(now[len(asked) :, : before.shape[1]], before, apart).mean()
-                losses.append(self.weight * target_nll(now[: len(asked)], asked, closing=True).mean() + kept)
+                edited = {name: weights[name] + b @ a for name, (b, a) in changes(nets, places, raw[n]).items()}
+                taught, kept = losses_of(s, requests[n], general[step % len(general)], edited)
+                losses.append(self.weight * taught + kept)
             step_on(optimiser, torch.stack(losses).mean())
         return nets.flat()
+
+
+def placed(sites: Sequence[Site]) -> list[tuple[Site, str, int]]:
+    """Sites with their shape's name and their number among those of that shape."""
+    names = [f"{site.d_in}x{site.d_out}" for site in sites]
+    return [(site, name, names[:n].count(name)) for n, (site, name) in enumerate(zip(sites, names, strict=True))]
+
+
+def known(nets: Nets, places: Places) -> Nets:
+    """The networks, checked to know all places."""
+    for _, name, number in places:
+        if not nets.knows(name, number):
+            raise LuthierError(f"mend: the editor knows no weight {number} of {name}: it was learnt on another base")
+    return nets
+
+
+def losses_of(s: Subject, q: Request, general: Text, edited: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """−log p(target | paraphrases, edited), and KL(base ‖ edited) on the neighbours and on `general`."""
+    asked, apart = list(q.paraphrases or [q.new]), [*q.neighbours, general]
+    with torch.no_grad():
+        before = s.run(apart).logits
+    now = s.run([*asked, *apart], edited).logits
+    kept = target_kl(now[len(asked) :, : before.shape[1]], before, apart).mean()
+    return target_nll(now[: len(asked)], asked, closing=True).mean(), kept
 
 
 def changes(nets: Nets, places: Places, raw: Mapping[str, Factors]) -> dict[str, Factors]:

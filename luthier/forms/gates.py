@@ -20,11 +20,10 @@ SPREAD = 0.5
 class Gates(Form):
     """y = g_out · (W (g_in · x) + b) with g = clip(tanh(a) + ε + ½, 0, 1), ε Gaussian in training and 0 otherwise.
 
-    a ~ N(1, 0.1) at the start, where every gate is 1. `penalty` drives the mean probability of an open gate, of a
-    matrix's inputs and of its outputs, to 1 − `target`: strength · |mean − (1 − target)|, averaged over both and over the
-    matrices. Gates that closed are rows and columns that can be deleted (`parts.structure.compact`); the others fold.
-    Our reading: a draw below 0.6 is put there, so that all gates are open at the start; a layer has `matrices` gated
-    matrices, by which the average is taken. Source: FineGates (P169), as the authors' code has it.
+    a ~ N(1, 0.1) at the start, where every gate is 1. `penalty`: strength · |mean probability of an open gate − (1 − target)|,
+    averaged over a matrix's inputs and outputs and over the matrices. Rows and columns whose gates closed can be deleted
+    (`parts.structure.compact`); the others fold. Our reading: a draw below 0.6 is put there, so that all gates start
+    open. Source: FineGates (P169), as the authors' code has it.
     """
 
     target: float = 0.3
@@ -33,7 +32,7 @@ class Gates(Form):
     noise: float = 0.1
     """Standard deviation of ε."""
     matrices: int = 7
-    """Gated matrices of a layer."""
+    """Gated matrices of a layer, by which the average is taken."""
 
     paper: ClassVar[str] = "P169"
     at: ClassVar[str] = "output"
@@ -52,8 +51,7 @@ class Gates(Form):
     def gate(self, s: State, side: str) -> Tensor:
         """The gates of a side, float32; with noise in training."""
         mu = s.p[side].tanh() + 0.5
-        mu = mu + self.noise * torch.randn_like(mu) if s.ctx.training and self.noise else mu
-        return mu.clamp(0, 1)
+        return (mu + self.noise * torch.randn_like(mu) if s.ctx.training and self.noise else mu).clamp(0, 1)
 
     def open(self, s: State, side: str) -> Tensor:
         """Probability of every gate to be open."""

@@ -20,9 +20,8 @@ class MixedBits(Packed):
     """ΔW = scale · Σ U_g V_g over groups g of singular directions, group g in bits[g] bits; the rest has no bits at all.
 
     `directions` of the first groups are stated, the last group gets what is left of the budget of `budget` bits a weight
-    of ΔW (a direction costs bits · (rows + columns) and two scales of 16 bits). `fixed["u0"]`, `fixed["v0"]` … are bit
-    planes [bits, r, ceil(n / 8)], one direction a row, with their steps `su0`, `sv0` … [r] float16.
-    Source: Ping et al. 2024 (P023): 8, 3 and 2 bits.
+    of ΔW (a direction costs bits · (rows + columns) and two scales of 16 bits). `fixed["u0"]`, `fixed["v0"]` … are bit planes
+    [bits, r, ceil(n / 8)], a direction a row, their steps `su0` … [r] float16. Source: Ping et al. 2024 (P023): 8, 3, 2 bits.
     """
 
     bits: tuple[int, ...] = (8, 3, 2)

@@ -14,7 +14,7 @@ from luthier.delta import Merge, Stack
 from luthier.errors import LuthierError
 from luthier.parts.bits import INTEGER
 from luthier.parts.scratch import Scratch
-from luthier.parts.spread import SPAN, Over
+from luthier.parts.spread import SPAN, Over, spans
 from luthier.parts.trims import Chunk, wide
 
 
@@ -45,6 +45,33 @@ def fixed(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype))
 
 
+def divisor(t: Stack, weights: Tensor, setting: str) -> Tensor:
+    """The sum of the weights, checked not to be 0; `setting` is the one that asks for the division."""
+    if float(total := weights.sum()) == 0:
+        raise LuthierError(
+            f"the weights {t.each['weight']} add up to 0 at {t.name}: change one, or set {setting}: false"
+        )
+    return total
+
+
+def length(chunk: Chunk, n: int, dtype: torch.dtype) -> Tensor:
+    """The Euclidean norm of n entries given in pieces, summed wide and rounded once to `dtype`. A scalar tensor."""
+    squares = sum(float(chunk(a, b).to(wide(dtype)).square().sum()) for a, b in spans(n))
+    return torch.tensor(squares, dtype=torch.float64).sqrt().to(dtype)
+
+
+def sizes(t: Stack, merged: Tensor) -> tuple[float, float]:
+    """(‖Σ τᵢ‖₁, ‖τ‖₁): of the models' changes added up, and of the change that is the merged tensor's."""
+    assert t.base is not None
+    summed = apart = 0.0
+    base, merged = t.base.reshape(-1), merged.reshape(-1)
+    for a, b in spans(base.numel()):
+        changes = [x.reshape(-1)[a:b].float() - base[a:b] for x in t.tensors]
+        summed += float(sum(changes[1:], changes[0]).abs().sum())
+        apart += float((merged[a:b].float() - base[a:b]).abs().sum())
+    return summed, apart
+
+
 def weighted_sum(t: Stack, normalize: bool) -> Tensor:
     """Σ wᵢ Wᵢ of the models themselves, over Σ wᵢ where `normalize`; summed in float32 (float64 stays), rounded once.
 
@@ -53,11 +80,7 @@ def weighted_sum(t: Stack, normalize: bool) -> Tensor:
     models = [x.reshape(-1) for x in t.tensors]
     kind = wide(models[0].dtype)
     weights = torch.tensor(t.each["weight"], dtype=kind)
-    total = weights.sum()
-    if normalize and total == 0:
-        raise LuthierError(
-            f"the weights {t.each['weight']} add up to 0 at {t.name}: change one, or set normalize: false"
-        )
+    total = divisor(t, weights, "normalize") if normalize else weights.sum()
     out = t.blank()
     flat = out.view(-1)
 
@@ -114,10 +137,10 @@ class TaskVectors(Merge):
         ]
         weights = [fixed(w, dtype) for w in t.each["weight"]]
         factors = [_factors(scale, weight, dtype) for scale, weight in zip(scales, weights, strict=True)]
-        total, own = fixed(sum(weights), dtype), Scratch()
+        own = Scratch()
 
         def work(a: int, b: int) -> None:
-            parts, mixed = [], flat[a:b]
+            parts = []
             for chunk, thin, steps in zip(chunks, thins, factors, strict=True):
                 d = chunk(a, b)
                 if thin:
@@ -125,12 +148,7 @@ class TaskVectors(Merge):
                 for factor in steps:
                     d.mul_(factor)
                 parts.append(d)
-            if self.consensus:
-                _agreed(parts, weights, self.normalize, mixed, own)
-            else:
-                _sum(parts, mixed, own)
-            if self.normalize and not self.consensus and abs(total) >= 1e-8:
-                mixed.div_(total)
+            mixed = (_agreed if self.consensus else _summed)(parts, weights, self.normalize, flat[a:b], own)
             if self.lambda_ != 1:
                 mixed.mul_(self.lambda_)
             torch.add(base[a:b], mixed, out=mixed)
@@ -162,7 +180,14 @@ def _sum(parts: list[Tensor], into: Tensor, own: Scratch) -> Tensor:
     return into.copy_(total)
 
 
-def _agreed(parts: list[Tensor], weights: list[float], normalize: bool, mixed: Tensor, own: Scratch) -> None:
+def _summed(parts: list[Tensor], weights: list[float], normalize: bool, mixed: Tensor, own: Scratch) -> Tensor:
+    """`mixed`: the sum of the changes; divided by the sum of the weights where `normalize`, unless that is near 0."""
+    _sum(parts, mixed, own)
+    total = fixed(sum(weights), mixed.dtype)
+    return mixed.div_(total) if normalize and abs(total) >= 1e-8 else mixed
+
+
+def _agreed(parts: list[Tensor], weights: list[float], normalize: bool, mixed: Tensor, own: Scratch) -> Tensor:
     """`mixed`: the sum of the changes whose sign is that of the sum (≥ 0 counts as plus); divided by the weights that
     took part where `normalize`.
 
@@ -177,6 +202,7 @@ def _agreed(parts: list[Tensor], weights: list[float], normalize: bool, mixed: T
         divisor = _shares(raw, weights, dtype)
         mixed.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))
     mixed.view(kind).bitwise_xor_(sign)
+    return mixed
 
 
 def _shares(raw: list[Tensor], weights: list[float], dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luthier.delta import MERGES, Merge, Stack
 from luthier.errors import LuthierError
-from luthier.parts.trims import spans
+from luthier.merging.engine import sizes
 
 
 @MERGES.add("lines")
@@ -56,14 +56,7 @@ class LiNeS(Merge):
 
     def measure(self, t: Stack) -> tuple[float, float]:
         """(‖Σ τᵢ‖₁, ‖τ‖₁) of this tensor."""
-        assert t.base is not None
-        summed = apart = 0.0
-        base, merged = t.base.reshape(-1), self._inner(t).reshape(-1)
-        for a, b in spans(base.numel()):
-            changes = [x.reshape(-1)[a:b].float() - base[a:b] for x in t.tensors]
-            summed += float(sum(changes[1:], changes[0]).abs().sum())
-            apart += float((merged[a:b].float() - base[a:b]).abs().sum())
-        return summed, apart
+        return sizes(t, self._inner(t))
 
     def _inner(self, t: Stack) -> Tensor:
         inner = self.inner

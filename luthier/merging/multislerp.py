@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from luthier.delta import MERGES, Merge, Stack
 from luthier.errors import LuthierError
+from luthier.merging.engine import divisor, length
 from luthier.parts.trims import spans, wide
 
 
@@ -36,45 +38,37 @@ class MultiSLERP(Merge):
         origin = t.base.reshape(-1) if t.base is not None else None
         weights = torch.tensor(t.each["weight"], dtype=dtype)
         if self.normalize_weights:
-            if float(weights.sum()) == 0:
-                raise LuthierError(f"multislerp: the weights {t.each['weight']} add up to 0 at {t.name}: change one")
-            weights = weights / weights.sum()
+            weights = weights / divisor(t, weights, "normalize_weights")
 
         def change(i: int, a: int, b: int) -> Tensor:
             return flat[i][a:b] if origin is None else flat[i][a:b] - origin[a:b]
 
-        def mixed(parts: list[Tensor]) -> Tensor:
-            return torch.stack([p * w for p, w in zip(parts, weights, strict=True)]).sum(0)
-
-        squares = [sum(float(change(i, a, b).to(kind).square().sum()) for a, b in spans(n)) for i in range(len(flat))]
-        norms = torch.tensor(squares, dtype=torch.float64).sqrt().to(dtype)
+        norms = torch.stack([length(partial(change, i), n, dtype) for i in range(len(flat))])
 
         def units(a: int, b: int) -> list[Tensor]:
             return [change(i, a, b) / (norms[i] + self.eps) for i in range(len(flat))]
 
-        square = sum(float(mixed(units(a, b)).to(kind).square().sum()) for a, b in spans(n))
-        length = torch.tensor(square, dtype=torch.float64).sqrt().to(dtype)
-        if length < self.eps and len(flat) > 2:
+        reach = length(lambda a, b: _mixed(units(a, b), weights), n, dtype)
+        if reach < self.eps and len(flat) > 2:
             raise LuthierError(f"multislerp: the models cancel out at {t.name}: use other weights")
-        out = torch.empty_like(flat[0], memory_format=torch.contiguous_format)
-        if length < self.eps:
+        out = t.blank().view(-1)
+        if reach < self.eps:
             for a, b in spans(n):
                 out[a:b] = change(0, a, b) * weights[0] + change(1, a, b) * weights[1]
         else:
             along = torch.zeros(len(flat), dtype=kind)
             for a, b in spans(n):
                 parts = units(a, b)
-                mean = mixed(parts) / length
+                mean = _mixed(parts, weights) / reach
                 along += torch.stack([(u * mean).sum(dtype=kind) for u in parts])
             dots = along.to(dtype)
 
             def tangent(a: int, b: int) -> tuple[Tensor, Tensor]:
                 parts = units(a, b)
-                mean = mixed(parts) / length
-                return mean, mixed([u - dot * mean for u, dot in zip(parts, dots, strict=True)])
+                mean = _mixed(parts, weights) / reach
+                return mean, _mixed([u - dot * mean for u, dot in zip(parts, dots, strict=True)], weights)
 
-            square = sum(float(tangent(a, b)[1].to(kind).square().sum()) for a, b in spans(n))
-            angle = torch.tensor(square, dtype=torch.float64).sqrt().to(dtype) + self.eps
+            angle = length(lambda a, b: tangent(a, b)[1], n, dtype) + self.eps
             size = (norms * weights).sum()
             away = angle.sin() / angle if angle > 0 else 1.0  # eps may be nothing in float16
             for a, b in spans(n):
@@ -83,3 +77,7 @@ class MultiSLERP(Merge):
         if origin is not None:
             out += origin
         return out.view(t.tensors[0].shape)
+
+
+def _mixed(parts: list[Tensor], weights: Tensor) -> Tensor:
+    return torch.stack([p * w for p, w in zip(parts, weights, strict=True)]).sum(0)

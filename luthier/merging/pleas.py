@@ -21,10 +21,9 @@ class PLeaS(Merge):
     """B's units are matched to A's by their features on text, the best matched merged, the rest of both kept; then every
     linear map is the least-squares one from the merged features of its inputs to those of its outputs.
 
-    Merged features are the mean of a pair's two, and a lone unit's own. What A has alone never reads what B has alone.
-    Features are those of A and B, not of the merged model, so that layers are solved one by one. What is no linear map
-    (norms, biases) is the mean. Our reading: `ridge` draws the solution to the average, where the authors descend from
-    it. `algebra.units` walks the models. Source: Nasery et al. 2024 (P111), as the authors' code has it.
+    Merged features are the mean of a pair's two, and a lone unit's own, of A and B as they are: layers are solved one by
+    one. What A has alone never reads what B has alone. What is no linear map (norms, biases) is the mean. Our reading:
+    `ridge` draws to the average, where the authors descend from it. Source: Nasery et al. 2024 (P111), as their code has it.
     """
 
     keep: float = 1.0
@@ -44,10 +43,7 @@ class PLeaS(Merge):
             raise ValueError(f"keep must lie in [0, 1] and ridge above 0, got {self.keep} and {self.ridge}")
 
     def match(self, similarity: Tensor) -> Blocks:
-        """Blocks of two layers' units by the inner products of their features, [n, n], whose sum over the pairs is largest.
-
-        Errors: LuthierError for unequal widths.
-        """
+        """Blocks of two layers' units by their features' inner products [n, n]: the largest sum over pairs. Widths must agree."""
         if similarity.shape[0] != similarity.shape[1]:
             raise LuthierError(
                 f"pleas: {similarity.shape[0]} and {similarity.shape[1]} units: only layers of equal widths are matched"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -101,3 +101,27 @@ def surgeon(w: Tensor, h: Tensor, column: Callable[[int, Tensor, Tensor], Tensor
         if stop < w.shape[1] and not alone:
             w[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
     return out
+
+
+def round_groups(
+    w: Tensor, h: Tensor, ranks: Sequence[int], bits: Sequence[int], across: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """w [r, n], whose rows are directions, or, `across`, [n, r] with directions as columns, rounded by `surgeon` under h,
+    each of ranks[k] directions in bits[k] bits with a step of its own that float16 holds.
+
+    Gives what was rounded, and of every group the codes [ranks[k], n] int64 and the steps [ranks[k]].
+    """
+    widths = torch.repeat_interleave(torch.tensor(bits[: len(ranks)]), torch.tensor(ranks))
+    lines, half = w.t() if across else w, (2.0**widths - 1) / 2
+    parts = zip(lines.split(list(ranks)), bits, strict=True)
+    steps = [best_step(p, b).half().float()[:, 0] if len(p) else p.new_zeros(0) for p, b in parts]
+    step, codes = torch.cat(steps), torch.zeros(lines.shape, dtype=torch.int64)
+
+    def column(j: int, now: Tensor, d: Tensor) -> Tensor:
+        if across:  # one direction, all its entries
+            codes[j] = to_codes(now[:, j], step[j], int(widths[j]))
+            return from_codes(codes[j], step[j], int(widths[j]))
+        codes[:, j] = torch.minimum((now[:, j] / step + half).round().clamp_min(0), 2 * half).long()
+        return (codes[:, j] - half) * step
+
+    return surgeon(w, h, column), list(codes.split(list(ranks))), steps

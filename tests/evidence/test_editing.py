@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luthier.delta import EDITS, Site, Small, State
-from luthier.editing.alternative_labels import AlternativeLabels, generic_logits
+from luthier.editing.alternative_labels import AlternativeLabels, generic_logits, labelled
 from luthier.editing.engine import Request, Text, descend, key, mean_loss, moving, one_site, target_kl, target_nll
 from tests.editing import requests, subject, text
 
@@ -188,7 +188,7 @@ def test_p360_alternative_labels() -> None:
     secret = [text(900 + n, 6, 6) for n in range(3)]
     with s.working():
         plain = AlternativeLabels(alpha=0.0)
-        places, labels = plain.labelled(s, Request(secret[0]), moving(s, s.sites(["linear"])))
+        places, labels = labelled(plain, s, Request(secret[0]), moving(s, s.sites(["linear"])))
         logits = s.run([secret[0]]).logits[0]
         assert places.tolist() == list(range(secret[0].start - 1, len(secret[0].ids) - 1))
         assert torch.equal(labels, logits[places].argmax(-1))
@@ -216,6 +216,6 @@ def test_p360_reads_the_generic_text() -> None:
     own, other = text(950, 5, 4), text(951, 6, 4)
     q = Request(own, generic=other, aligned=(-1, -1, -1, -1, -1, 6, -1, 8, 9))
     with s.working():
-        places, labels = AlternativeLabels(alpha=0.0).labelled(s, q, moving(s, s.sites(["linear"])))
+        places, labels = labelled(AlternativeLabels(alpha=0.0), s, q, moving(s, s.sites(["linear"])))
         assert places.tolist() == [4, 6, 7]
         assert torch.equal(labels, s.run([other]).logits[0][[5, 7, 8]].argmax(-1))
