@@ -34,6 +34,8 @@ def verify(
     A folder that is none of these, or cannot be read at all, is a LuthierError.
     """
     path = Path(path)
+    if merged is not None and not (Path(merged) / "config.json").exists():
+        raise LuthierError(f"merged: {merged} is no checkpoint: give the folder that holds its config.json")
     if is_assembly(path):
         from luthier.verbs.assemble import verify_assembly
 

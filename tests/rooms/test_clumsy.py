@@ -278,6 +278,10 @@ def test_empty_arguments(arguments: list[str], said: str, here: Path, capsys: An
     assert said in refused(here, capsys, *arguments)
 
 
+def test_a_merged_checkpoint_that_is_not_there(here: Path, capsys: Any) -> None:
+    assert "merged: nope is no checkpoint" in refused(here, capsys, "verify", "delta", "--merged", "nope")
+
+
 EDIT = '{"prompt": "The capital of {}", "subject": "France", "target_new": "Rome"}\n'
 AUDIT = ("--plan", "plan.yaml", "audit.enabled=true", "audit.target=[good.jsonl]")
 
