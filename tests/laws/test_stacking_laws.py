@@ -25,7 +25,7 @@ SETTINGS = (
     {"rank": 2},
     {"rank": 4, "alpha": 3.0},
     {"rank": 8, "scaling": "rslora"},
-    {"rank": 3, "ranks": {"attn.q": 5}, "alphas": {"attn.v": 1.0}},
+    {"rank": 3, "ranks": {"*.0.*": 5}, "alphas": {"*.1.*": 1.0}},
 )
 SITES = (None, ["attn.q", "attn.v"], ["attn.o", "*.down"])
 

@@ -194,10 +194,12 @@ def test_a_stale_cache_cannot_be_met(tmp_path: Path, counted: list[int]) -> None
     prepare(spec(path, **base), tokenizer())
     template_file = tmp_path / "own.jinja"
     template_file.write_text(PLAIN)
+    reads_x = PLAIN + "{% if x %}{% endif %}"
     variants: list[tuple[Any, Any]] = [
         (spec(path, **base), tokenizer(MARKED + " ")),
         (spec(path, **base, template=PLAIN + "\n"), tokenizer()),
-        (spec(path, **base, template_options={"x": 1}), tokenizer()),
+        (spec(path, **base), tokenizer(reads_x)),
+        (spec(path, **base, template_options={"x": 1}), tokenizer(reads_x)),
         (spec(path, **base), tokenizer(bos=False)),
         (spec(path, cache=True, max_length=201), tokenizer()),
         (spec(path, **base, loss_on="last"), tokenizer()),
