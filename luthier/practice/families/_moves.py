@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.practice.contract import said
 from luthier.practice.draw import Draw
 from luthier.practice.words import FIRST, PLACES
 
@@ -24,3 +29,9 @@ def tell(draw: Draw, objects: list[str], moves: int, shifted: bool) -> tuple[lis
         key.append(f"{thing}>{place}")
         at[thing] = place
     return told, key, at
+
+
+def moves_in(record: Mapping[str, Any]) -> list[str]:
+    """What went where, in order, as ``thing>place``."""
+    told = re.findall(r"(?:puts|moves|hides|carries) the (\w+) (?:in|to) the (\w+)", said(record))
+    return [f"{thing}>{place}" for thing, place in told]

@@ -7,8 +7,7 @@ from typing import Any
 
 from luthier.practice.contract import Item, Verdict, right, words, wrong
 from luthier.practice.draw import Draw
-from luthier.practice.families import tracking
-from luthier.practice.families._moves import tell
+from luthier.practice.families._moves import moves_in, tell
 from luthier.practice.words import OBJECTS, PLACES
 
 ABOUT = "what is where after people have moved many things about, each thing with its place"
@@ -40,4 +39,4 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
 
 def meaning(record: Mapping[str, Any]) -> str:
     """What went where, in order, whoever did it."""
-    return "|".join(tracking.moves_in(record))
+    return "|".join(moves_in(record))

@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.practice.contract import Item, Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
-from luthier.practice.families._moves import tell
+from luthier.practice.families._moves import moves_in, tell
 from luthier.practice.words import OBJECTS, PLACES
 
 ABOUT = "where a thing is after people have moved things about"
@@ -35,12 +35,6 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
     if named == {answer}:
         return right()
     return wrong(f"expected {answer}, got {', '.join(sorted(named)) or 'no place'}")
-
-
-def moves_in(record: Mapping[str, Any]) -> list[str]:
-    """What went where, in order, as ``thing>place``."""
-    told = re.findall(r"(?:puts|moves|hides|carries) the (\w+) (?:in|to) the (\w+)", said(record))
-    return [f"{thing}>{place}" for thing, place in told]
 
 
 def meaning(record: Mapping[str, Any]) -> str:
