@@ -162,6 +162,11 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def finished(run: Path) -> bool:
+    """Whether a run's folder holds its delta, and no checkpoint to go on from."""
+    return (run / "delta.json").exists() and latest(run / "checkpoints") is None
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of one checkpoint."""
     try:

@@ -98,11 +98,11 @@ def _run(
     out = folders[stage.name]
     try:
         if stage.verb == "tune":
-            from luthier.training.checkpoint import latest
+            from luthier.training.checkpoint import finished
             from luthier.verbs.tune import tune
 
-            if (out / "delta.json").exists() and latest(out / "checkpoints") is None:
-                shutil.rmtree(out)  # finished, but stopped before the chain took note of it
+            if finished(out):
+                shutil.rmtree(out)  # the chain stopped before it took note of it
             return tune(settings, out=out, resume=resume and out.exists(), progress=progress)
         if out.exists():
             shutil.rmtree(out)

@@ -28,7 +28,7 @@ from luthier.measuring.sources import Prepared, prepare_checks
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.training.certificate import versions
-from luthier.training.checkpoint import latest
+from luthier.training.checkpoint import finished, latest
 from luthier.training.lock import locked
 from luthier.training.run import Training, build, plain, signals
 from luthier.verbs.push import check_push, push
@@ -84,7 +84,7 @@ def tune(
     for name in ("config.json", "adapter_config.json", "assembly.json"):
         if (folder / name).exists():
             raise LuthierError(f"{folder} holds another model ({name}): choose another --out")
-    if (folder / "delta.json").exists() and latest(folder / "checkpoints") is None:
+    if finished(folder):
         raise LuthierError(f"{folder} holds a finished delta: choose another --out, or remove it")
     if not (folder / ".lock").exists() and (theirs := next((n for n in WRITTEN if (folder / n).exists()), None)):
         raise LuthierError(f"{folder} holds a {theirs} that is of no run: choose another --out")
