@@ -28,6 +28,15 @@ def own(table: Mapping[str, T], site: Site, default: T) -> T:
     return next((v for k, v in table.items() if named(k, site)), default)
 
 
+def check_by_site(form: LoRA, sites: Sequence[Site]) -> None:
+    """Raises ValueError for a pattern that names no site, and for a rank above what any site has room for."""
+    if idle := [k for k in (*form.ranks, *form.alphas) if not any(named(k, s) for s in sites)]:
+        raise ValueError(f"'{idle[0]}' in ranks or alphas names none of its sites: correct it, or leave it out")
+    room = max((min(s.d_in, s.d_out) for s in sites), default=form.rank)
+    if (rank := max((form.at_site(s)[0] for s in sites), default=0)) > room:
+        raise ValueError(f"rank {rank} is more than any of its sites has room for: state one of at most {room}")
+
+
 @FORMS.add("lora")
 @dataclass(frozen=True)
 class LoRA(Form):
@@ -63,8 +72,7 @@ class LoRA(Form):
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     def check(self, sites: Sequence[Site]) -> None:
-        if idle := [k for k in (*self.ranks, *self.alphas) if not any(named(k, s) for s in sites)]:
-            raise ValueError(f"'{idle[0]}' in ranks or alphas names none of its sites: correct it, or leave it out")
+        check_by_site(self, sites)
 
     def at_site(self, site: Site) -> tuple[int, float]:
         """Rank and scale s there."""

@@ -234,6 +234,7 @@ def test_a_role_of_ones_own_is_stated(here: Path) -> None:
         ("data.template_options={x: 1}", "the chat template reads no 'x'"),
         ("delta.alpha=0", "alpha must not be 0"),
         ("delta.ranks={nope: 4}", "'nope' in ranks or alphas names none of its sites"),
+        ("delta.rank=99999", "rank 99999 is more than any of its sites has room for: state one of at most"),
     ],
 )
 def test_bad_overrides(override: str, said: str, here: Path, capsys: Any) -> None:
