@@ -9,7 +9,7 @@ from luthier.effects.lab import Lab, Model
 ABOUT = "told of 280 new facts 30 times each, in five wordings, full tuning learns them and low rank fewer of them"
 PAPERS = ("P110", "P095")
 BASE = "practice/s"
-ARMS = {"base": (), "full": (1e-3, 3e-3, 1e-2), "lora": (1e-3, 3e-3, 1e-2)}
+ARMS = {"base": (), "full": (1e-3, 3e-3, 1e-2), "lora": (3e-3, 1e-2, 3e-2)}
 CHOSEN_BY = "known"
 CLAIMS = (
     Claim("full tuning learns new facts", "base:known", "full:known", effect=0.2),
