@@ -28,8 +28,18 @@ def own(table: Mapping[str, T], site: Site, default: T) -> T:
     return next((v for k, v in table.items() if named(k, site)), default)
 
 
+def check_settings(form: LoRA) -> None:
+    """Raises ValueError for a rank, scale or dropout that no site can have."""
+    if form.rank < 1 or any(r < 1 for r in form.ranks.values()):
+        raise ValueError(f"rank must be at least 1, got {min([form.rank, *form.ranks.values()])}")
+    if any(a == 0 for a in (form.alpha, *form.alphas.values())):
+        raise ValueError("alpha must not be 0, where nothing would be trained")
+    if not 0 <= form.dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {form.dropout}")
+
+
 def check_by_site(form: LoRA, sites: Sequence[Site]) -> None:
-    """Raises ValueError for a pattern that names no site, and for a rank above what any site has room for."""
+    """Raises ValueError for a pattern that names no site, and for a rank that none has room for."""
     if idle := [k for k in (*form.ranks, *form.alphas) if not any(named(k, s) for s in sites)]:
         raise ValueError(f"'{idle[0]}' in ranks or alphas names none of its sites: correct it, or leave it out")
     room = max((min(s.d_in, s.d_out) for s in sites), default=form.rank)
@@ -64,12 +74,7 @@ class LoRA(Form):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding", "fused-experts")
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or any(r < 1 for r in self.ranks.values()):
-            raise ValueError(f"rank must be at least 1, got {min([self.rank, *self.ranks.values()])}")
-        if any(a == 0 for a in (self.alpha, *self.alphas.values())):
-            raise ValueError("alpha must not be 0, where nothing would be trained")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_settings(self)
 
     def check(self, sites: Sequence[Site]) -> None:
         check_by_site(self, sites)
