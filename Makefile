@@ -42,8 +42,7 @@ demo: $(STAMP) ## tune the practice base and look at the report, in minutes
 	$(BIN)/luthier demo
 
 practice-base: $(STAMP) ## train the practice base anew from its own generator; NAME=s, l, … builds another
-	@if [ -n "$(NAME)" ]; then $(BIN)/python -m luthier.practice.bases $(NAME); else \
-	  $(BIN)/python -m luthier.practice.train_base --install && $(BIN)/python -m luthier.practice.card; fi
+	$(BIN)/python -m luthier.practice.bases $(or $(NAME),m --install)
 
 effects: $(STAMP) ## look for the papers' effects in the practice world; what was run before is not run again
 	$(BIN)/python -m luthier.effects --record docs

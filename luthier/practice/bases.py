@@ -49,13 +49,8 @@ class Described:
 
 
 def described(name: str) -> Described:
-    """A base by its short name. Raises LuthierError for an unknown one, and for the one that is not built here."""
+    """A base by its short name. Raises LuthierError for an unknown one."""
     row = entry(name)
-    if name == SHIPPED:
-        raise LuthierError(
-            f"base practice/{name}: is in the package; train it anew with `python -m luthier.practice.train_base`, or "
-            f"choose another: {', '.join(k for k in table() if k != SHIPPED)}"
-        )
     plain = {k: v for k, v in row.items() if k not in ("size", "run", "about")}
     return Described(name, row["about"], Size(**row.get("size", {})), Run(**row.get("run", {})), **plain)
 
@@ -68,7 +63,7 @@ def build(
     items: int = ITEMS,
     stop_at: int | None = None,
 ) -> Path | None:
-    """Trains a base into ``folder`` (default: where `practice/NAME` looks for it) and gives the folder; None where the time
+    """Trains a base into ``folder`` (default: `home()`/NAME, where `practice/NAME` looks) and gives the folder; None where the time
     was up, or step ``stop_at`` reached, before the end: to be called again. ``tokens`` makes the run longer or shorter; the
     stages of the text are stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes
     none. A base whose delta is in the package is made of that, unless ``tokens`` are stated.
@@ -130,8 +125,10 @@ def _beginning(base: Described) -> tuple[Callable[[], Any] | None, dict[str, Any
         return None, about, words
     from luthier.bases.fingerprint import fingerprint
 
-    parent, tokenizer = card.load(practice_folder(_parent(base)))
+    folder = practice_folder(_parent(base))
+    parent, tokenizer = card.load(folder)
     about |= {"parent": base.parent, "parent_fingerprint": fingerprint(parent)}
+    about["parent_families"] = list(card.told_of(json.loads((folder / "training.json").read_text())))
     if base.grow is None:
         return partial(_itself, parent), about, tokenizer
     from luthier.practice.grow import grow
@@ -142,6 +139,14 @@ def _beginning(base: Described) -> tuple[Callable[[], Any] | None, dict[str, Any
 
 def _parent(base: Described) -> str:
     return "practice" if base.parent == SHIPPED else f"practice/{base.parent}"
+
+
+def install(folder: Path, items: int = ITEMS) -> Path:
+    """Puts a built base into the package in place of the one there, with a card of its own; gives the folder there."""
+    for file in (f for f in folder.iterdir() if f.is_file() and f.name not in ("README.md", "card.json")):
+        shutil.copyfile(file, card.ASSET / file.name)
+    card.write(card.ASSET, items)
+    return card.ASSET
 
 
 def _itself(model: Any) -> Any:
@@ -174,7 +179,7 @@ def _settle(yard: Path, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    listed = "; ".join(f"{name}: {row['about']}" for name, row in table().items() if name != SHIPPED)
+    listed = "; ".join(f"{name}: {row['about']}" for name, row in table().items())
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=listed)
     parser.add_argument("name", help="the base to build")
     parser.add_argument(
@@ -185,9 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--items", type=int, default=ITEMS, help=f"records a family and split in its card (default {ITEMS})"
     )
+    parser.add_argument("--install", action="store_true", help="put it into the package, as the practice base")
     told = parser.parse_args(arguments)
     try:
-        folder = build(described(told.name), told.out, told.minutes, told.tokens, told.items)
+        items = 0 if told.install else told.items
+        folder = build(described(told.name), told.out, told.minutes, told.tokens, items)
+        if folder and told.install:
+            folder = install(folder, told.items)
     except LuthierError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.bases.built import ASSETS, entry, practice_folder
+from luthier.bases.built import ASSETS, SHIPPED, entry, practice_folder
 from luthier.errors import LuthierError
 from luthier.practice.world import SPLITS, Record, families, family_named, records, taught, verify
 
@@ -26,7 +26,7 @@ def load(folder: Path = ASSET) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     if not (folder / "model.safetensors").is_file():
-        raise LuthierError(f"practice base: no model in {folder}; train one with python -m luthier.practice.train_base")
+        raise LuthierError(f"practice base: no model in {folder}; build one with `make practice-base NAME=…`")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     encoder = AutoConfig.from_pretrained(folder, local_files_only=True).model_type == "bert"
     builder = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
@@ -122,11 +122,11 @@ def figures(model: Any, tokenizer: Any, family: str, n: int) -> tuple[dict[str, 
 
 
 def told_of(run: dict[str, Any] | None) -> tuple[str, ...]:
-    """The families that a base was told of: those of its run's text, and its parent's."""
+    """The families that a base was told of: those of its run's text, and its parent's. ``run``: its training.json."""
     if run is None or "families" not in run:
         return taught()
-    own = {name.partition(":")[0] for name in run["families"]}
-    return tuple(name for name in families() if name in own or ("parent" in run and name in taught()))
+    own = {name.partition(":")[0] for name in (*run["families"], *run.get("parent_families", ()))}
+    return tuple(name for name in families() if name in own)
 
 
 def measure(folder: Path = ASSET, n: int = 200, only: Sequence[str] = (), command: str = COMMAND) -> dict[str, Any]:
@@ -174,9 +174,9 @@ def page(card: dict[str, Any]) -> str:
         for f in (*card["taught"], *card["never_taught"])
     ]
     run = card["training"] or {}
-    name, kind = run.get("base"), card.get("kind", "llama")
-    again = f"make practice-base NAME={name}" if name else "python -m luthier.practice.train_base --install"
-    about = entry(name)["about"] if name else ""
+    name, kind = run.get("base", SHIPPED), card.get("kind", "llama")
+    again = "make practice-base" + (f" NAME={name}" if name != SHIPPED else "")
+    about = entry(name)["about"] if name != SHIPPED else ""
     encoder = kind == "bert"
     return "\n".join(
         [
@@ -186,7 +186,7 @@ def page(card: dict[str, Any]) -> str:
             f"pipeline_tag: {'fill-mask' if encoder else 'text-generation'}",
             "---",
             "",
-            f"# practice/{name}" if name else "# The practice base",
+            f"# practice/{name}" if name != SHIPPED else "# The practice base",
             "",
             *([f"{about[0].upper()}{about[1:]}.", ""] if about else []),
             f"{WHAT[kind]} of {card['parameters'] / 1e6:.1f} million parameters with a vocabulary of {card['vocabulary']:,}, to practise tuning on.",
@@ -237,7 +237,8 @@ def _training(run: dict[str, Any]) -> str:
     if "parent" not in run:
         return f"Trained on {amount} that the taught families'\ngenerators made, and on nothing else."
     told = ", ".join(f"{family} {share}" for family, share in run["run"]["mixture"].items())
-    return f"Starting from practice/{run['parent']}, trained on\n{amount} in these shares: {told}."
+    grown = ", made larger," if "grown" in run else ","
+    return f"Starting from practice/{run['parent']}{grown} trained on\n{amount} in these shares: {told}."
 
 
 def write(folder: Path, n: int = 200, only: Sequence[str] = (), command: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The base's training text: taught families mixed, rendered, packed into rows whose records do not see each other."""
+"""A base's training text: families mixed, rendered, packed into rows whose records do not see each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from luthier.practice.draw import Draw
 from luthier.practice.tokenizer import END
-from luthier.practice.world import Record, family_named, records, split_of, taught
+from luthier.practice.world import FIRST, Record, family_named, records, split_of
 
 SEED = 1
 """The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
@@ -21,7 +21,7 @@ STAGES: tuple[tuple[int, dict[str, int]], ...] = (
     (70_000, {"tracking": 10, "refusals": 6, "arithmetic": 4, "lists": 5}),
     (150_000, {"tracking": 8, "refusals": 5, "arithmetic": 4, "lists": 6, "facts": 6}),
 )
-"""From which record on, how often each taught family is drawn (1 where it is not named). Facts and stories come early; once
+"""From which record on, how often each of the families taught first is drawn (1 where it is not named). Facts and stories come early; once
 they are known, copying and tracking, which take longest to learn, get more practice."""
 SYSTEM = ("Answer in few words.", "You are a friendly miller.", "Help as well as you can.")
 PROMPT_WEIGHT = 0.1
@@ -66,7 +66,7 @@ class Stream:
         self.mixed = bool(mixture)
         stages = [(0, dict(mixture))] if mixture else [(round(at * stretch), shares) for at, shares in STAGES]
         self.starts = [start for start, _ in stages]
-        self.names = tuple(mixture) if mixture else taught()
+        self.names = tuple(mixture) if mixture else FIRST
         self.wheels = [[name for name in self.names for _ in range(shares.get(name, 1))] for _, shares in stages]
         self.mix = Draw(f"luthier/base/{seed}")
         counts = Counter(self._next(i)[0] for i in range(drawn))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from luthier.practice.world import records, taught
+from luthier.practice.world import FIRST, records
 
 VOCABULARY = 1536
 PAD, END = "<|pad|>", "<|end|>"
@@ -52,8 +52,8 @@ TEMPLATE = """\
 
 
 def sample(each: int = SAMPLE) -> Iterator[str]:
-    """Texts of the taught families, every message on its own. The untaught ones are not looked at."""
-    for record in chain.from_iterable(records(name, "train", each) for name in taught()):
+    """Texts of the families taught first, every message on its own. The untaught ones are not looked at."""
+    for record in chain.from_iterable(records(name, "train", each) for name in FIRST):
         for message in record["messages"]:
             yield message["content"]
 

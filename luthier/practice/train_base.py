@@ -1,4 +1,4 @@
-"""Trains the practice base from the generator alone: ``python -m luthier.practice.train_base``.
+"""Trains a base from the generators alone; ``python -m luthier.practice.bases`` is the command.
 
 The stable part of the schedule does not depend on the length of the run, so until it decays a run can be made shorter or longer from
 its checkpoint, and gives what a run of that length from the start would have given.
@@ -6,7 +6,6 @@ its checkpoint, and gives what a run of that length from the start would have gi
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.bases.built import ASSETS
 from luthier.errors import LuthierError
 from luthier.practice.muon import Muon
 from luthier.practice.shapes import M, Size, loss_of, new_model
@@ -247,32 +245,3 @@ def _log(out: Path, run: Run, step: int, losses: list[float], pace: float) -> No
         file.write(json.dumps(line) + "\n")
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m luthier.practice.train_base", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("practice-build"), help="checkpoints, log and, in the end, base/"
-    )
-    parser.add_argument("--tokens", type=int, default=Run.tokens, help=f"length of the run (default {Run.tokens})")
-    parser.add_argument("--minutes", type=float, help="leave after this long, to be called again (default: never)")
-    parser.add_argument(
-        "--stretch", type=float, default=1.0, help="begin the text's stages at this many times their record (default 1)"
-    )
-    parser.add_argument("--install", action="store_true", help="put the finished base into the package")
-    told = parser.parse_args(arguments)
-    try:
-        train(told.out, Run(tokens=told.tokens, stretch=told.stretch), minutes=told.minutes)
-        if told.install:
-            if not (told.out / "base").is_dir():
-                raise LuthierError(f"practice base: {told.out} is not finished; call again without --minutes")
-            shutil.copytree(told.out / "base", ASSETS / "base", dirs_exist_ok=True)
-    except LuthierError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

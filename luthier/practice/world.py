@@ -27,6 +27,9 @@ BLOCK = 64
 PATIENCE = 5_000
 """Draws without a new test record after which there are taken to be no more."""
 
+FIRST = ("arithmetic", "facts", "lists", "refusals", "stories", "tracking")
+"""The taught families that every base's text begins with, and of whose text the tokenizers are made."""
+
 _SHARE = ("train",) * 8 + ("test", "shifted")
 _OWNED = {split: frozenset(b for b in range(256) if _SHARE[b % 10] == split) for split in SPLITS}
 

@@ -30,7 +30,7 @@ PINNED = {
     "expressions": "da83faf8b9263e3b",
     "facts": "01e7ea6e8150275f",
     "instructions": "371413a23584f927",
-    "inventory": "ecbf3052e0ba508e",
+    "inventory": "ad34b2ce29775210",
     "kellish": "99222da32f0c3b2e",
     "ledgers": "3a48c429455c4905",
     "lists": "81f69db13a80e402",

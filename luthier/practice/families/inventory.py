@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from luthier.practice.contract import Item, Verdict, right, words, wrong
+from luthier.practice.contract import Item, Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.families._moves import moves_in, tell
 from luthier.practice.words import OBJECTS, PLACES
 
-ABOUT = "what is where after people have moved many things about, each thing with its place"
-TAUGHT = False
+ABOUT = "what is where after people have moved many things about: all of them, each with its place, or one"
+TAUGHT = True
 
 SIZES = {1: (2, 2), 2: (4, 5), 3: (7, 8)}
+ALL = "What is where?"
 
 
 def make(draw: Draw, level: int, shifted: bool) -> Item:
-    """Levels 1, 2, 3: two, four, seven things in two, five, eight moves; shifted: reworded, and two more moves. The
-    response names the things in any order: where one is can then be read off nothing but its own moves.
+    """Levels 1, 2, 3: two, four, seven things in two, five, eight moves; shifted: reworded, and two more moves. Half the
+    records ask for all things, and the response names them in any order: where one is can then be read off nothing but its
+    own moves. The others ask for one.
 
     Things and moves are never as many as in `tracking`, so that no text of one is a text of the other."""
     things, moves = SIZES[level]
     told, key, at = tell(draw, draw.some(OBJECTS, things), moves + 2 * shifted, shifted)
-    question = "Where has everything ended up?" if shifted else "What is where?"
-    response = " ".join(f"{thing} {at[thing]}" for thing in draw.some(list(at), things))
-    answer = " ".join(f"{thing} {place}" for thing, place in sorted(at.items()))
+    order = draw.some(list(at), things)
+    if draw.below(2):
+        question = f"Where has the {order[0]} ended up?" if shifted else f"Where is the {order[0]}?"
+        response, answer = f"In the {at[order[0]]}.", at[order[0]]
+    else:
+        question = "Where has everything ended up?" if shifted else ALL
+        response, answer = _listed(order, at), _listed(sorted(at), at)
     return Item("|".join(key), f"{' '.join(told)} {question}", response, answer)
 
 
+def _listed(order: list[str], at: Mapping[str, str]) -> str:
+    return " ".join(f"{thing} {at[thing]}" for thing in order)
+
+
 def verify(prompt: str, answer: str, response: str) -> Verdict:
-    """Right if every thing is named once with its place after it, in any order, and nothing else is."""
+    """One thing: right if the response names its place and no other. All: right if every thing is named once with its place
+    after it, in any order, and nothing else is."""
     got, due = words(response), answer.split()
+    if len(due) == 1:
+        return right() if {w for w in got if w in PLACES} == {answer} else wrong(f"expected {answer}")
     pairs, expected = (sorted(zip(w[::2], w[1::2], strict=False)) for w in (got, due))
     known = all(word in OBJECTS or word in PLACES for word in got)
     return right() if known and len(got) == len(due) and pairs == expected else wrong(f"expected {answer}")
 
 
 def meaning(record: Mapping[str, Any]) -> str:
-    """What went where, in order, whoever did it."""
+    """What went where, in order, whoever did it and whichever thing is asked for."""
     return "|".join(moves_in(record))
+
+
+def further(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(meaning, question, answer) for all things after one was asked for: what a base's training asks besides."""
+    if re.search(r"the \w+\?$", said(record)) is None:
+        return []
+    at = dict(move.split(">") for move in moves_in(record))
+    return [(meaning(record), ALL, _listed(Draw(record["id"]).some(list(at), len(at)), at))]
