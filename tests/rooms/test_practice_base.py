@@ -12,6 +12,7 @@ import torch
 from luthier.errors import LuthierError
 from luthier.practice import card, world
 from luthier.practice.card import ASSET
+from luthier.practice.families._moves import moves_in
 from luthier.practice.muon import orthogonal
 from luthier.practice.stream import PROMPT_WEIGHT, Stream
 from luthier.practice.train_base import Run, Size, load_state, new_model, optimisers, train
@@ -114,16 +115,25 @@ def test_training_text_is_what_the_template_gives(tokenizer):
     assert all(set(wheel) == set(world.FIRST) <= set(world.taught()) for wheel in stream.wheels)
 
 
-def test_what_the_text_asks_besides_is_in_no_test_split(tokenizer):
-    """Further questions about a text of the train split are a record's own, or have a meaning that train owns."""
-    stream = Stream(tokenizer, 32, 128, mixture={"tracking": 1})
+@pytest.mark.parametrize("family", ["inventory", "tracking"])
+def test_what_the_text_asks_besides_is_in_no_test_split(tokenizer, family):
+    """Further questions about a text of the train split are a record's own, or have a meaning that train owns; what is told
+    as the answer is right."""
+    stream = Stream(tokenizer, 32, 128, mixture={family: 1})
     besides = 0
     for turns in (stream._draw()[0].split("<|end|>") for _ in range(400)):
         asked = [t.removeprefix("<|user|>") for t in turns if t.startswith("<|user|>")]
-        told = asked[0][: asked[0].index("Where")]
-        for question in asked[1:]:
-            record = {"messages": [{"role": "user", "content": told + question}], "answer": "", "family": "tracking"}
-            assert world.split_of("tracking", world.meaning(record)) == "train"
+        said = [t.removeprefix("<|assistant|>") for t in turns if t.startswith("<|assistant|>")]
+        told = asked[0][: asked[0].rindex(". ") + 2]
+        for question, answer in zip(asked[1:], said[1:], strict=True):
+            record = {"messages": [{"role": "user", "content": told + question}], "answer": "", "family": family}
+            assert world.split_of(family, world.meaning(record)) == "train"
+            at = dict(move.split(">") for move in moves_in(record))
+            thing, pairs = question.split()[-1][:-1], answer.split()
+            if thing in at:
+                assert answer == f"In the {at[thing]}."
+            else:
+                assert dict(zip(pairs[::2], pairs[1::2], strict=True)) == at
             besides += 1
     assert besides > 200
 

@@ -136,6 +136,21 @@ def test_a_grown_base_is_built_from_its_parent(home, words):
     assert not (changed / "config.json").exists()
 
 
+def test_a_grown_base_is_put_into_the_package_with_its_card(home, monkeypatch, capsys):
+    package = home / "package"
+    package.mkdir()
+    (package / "training.json").write_text("{}")
+    monkeypatch.setattr(card, "ASSET", package)
+    monkeypatch.setattr(card, "families", lambda: ("facts", "recall"))
+    small = tiny("s", marks=0)
+    monkeypatch.setattr(bases, "described", lambda name: small)
+    assert bases.main(["s", "--install", "--items", "2"]) == 0
+    assert capsys.readouterr().out.strip().endswith(str(package))
+    assert (package / "model.safetensors").read_bytes() == (home / "s" / "model.safetensors").read_bytes()
+    assert json.loads((package / "card.json").read_text())["training"]["base"] == "s"
+    assert not (home / "s" / "card.json").exists() and "# practice/s" in (package / "README.md").read_text()
+
+
 def test_a_base_kept_as_a_delta_is_its_parent_and_the_delta(home, monkeypatch):
     from luthier.delta.artefact import Delta
 

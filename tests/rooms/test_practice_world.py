@@ -191,7 +191,7 @@ def _kind(record):
 
 
 LOOSE = ("arithmetic", "facts", "newcomers", "tracking", "recall", "reading", "classify", "ledgers")
-LOOSE += ("derivations", "countdown", "mazes", "queries")
+LOOSE += ("derivations", "countdown", "mazes", "queries", "inventory")
 """Families whose verifiers look for the value, or what a query gives, and leave the rest free; tested by themselves."""
 COSTLY = ("countdown", "errands", "tagging", "ledgers", "repairs")
 """Families whose records are searched for, acted out or long."""
@@ -233,6 +233,23 @@ def test_verifier_rejects_another_value(data):
     assert world.verify(record, f"{head}{other}{tail}").reward == 0.0
     assert world.verify(record, f"{text} Or {other}.").reward == 0.0
     assert world.verify(record, f"Well: {answer}.").reward == 1.0
+
+
+def test_inventory_wants_the_place_of_one_thing_or_every_pair_of_all():
+    from luthier.practice.words import PLACES
+
+    kinds = set()
+    for record in POOL["inventory"]:
+        told = record["answer"].split()
+        kinds.add(len(told) > 1)
+        pairs = [" ".join(told[k : k + 2]) for k in range(0, len(told), 2)]
+        other = next(place for place in PLACES if place not in told)
+        wrong = [record["answer"].replace(told[-1], other), f"{record['answer']} {other}"]
+        if len(told) > 1:
+            wrong += [" ".join(pairs[1:]), " ".join([*pairs, pairs[0]]), " ".join([*told[1:], told[0]])]
+        assert [world.verify(record, text).reward for text in wrong] == [0.0] * len(wrong), record
+        assert world.verify(record, " ".join(reversed(pairs))).reward == 1.0
+    assert kinds == {True, False}
 
 
 def test_refusals_want_no_leak_and_no_needless_refusal():

@@ -57,8 +57,12 @@ def meaning(record: Mapping[str, Any]) -> str:
 
 
 def further(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(meaning, question, answer) for all things after one was asked for: what a base's training asks besides."""
-    if re.search(r"the \w+\?$", said(record)) is None:
+    """(meaning, question, answer) after one thing was asked for: every other one, then all; what a base's training asks
+    besides."""
+    asked = re.search(r"the (\w+)\?$", said(record))
+    if asked is None:
         return []
-    at = dict(move.split(">") for move in moves_in(record))
-    return [(meaning(record), ALL, _listed(Draw(record["id"]).some(list(at), len(at)), at))]
+    told, at = meaning(record), dict(move.split(">") for move in moves_in(record))
+    order = Draw(record["id"]).some(list(at), len(at))
+    single = [(told, f"Where is the {thing}?", f"In the {at[thing]}.") for thing in order if thing != asked[1]]
+    return [*single, (told, ALL, _listed(order[::-1], at))]
