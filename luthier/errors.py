@@ -5,19 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MANY, FEW = 24, 5
+"""More names than `MANY` are not listed behind a close one; the closest `FEW` are."""
+
 
 class LuthierError(Exception):
     """What went wrong, where, and what to do about it, in one line. The command line prints it and exits with code 2."""
 
 
 def nearest(word: str, known: Iterable[str], what: str = "name") -> str:
-    """The tail of an error about an unknown word: the closest known one if any is close, else all of them.
+    """The tail of an error about an unknown word: the closest known one if any is close, and all of them, or the closest
+    few where there are more than `MANY`.
 
     >>> nearest("loar", ["lora", "dora"], "form")
     "did you mean 'lora'? (forms: dora, lora)"
     """
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, 1, 0.5)
+    close = difflib.get_close_matches(word, names, FEW, 0.5)
     plural = what + ("es" if what.endswith(("s", "x", "ch")) else "s")
     listed = f"{plural}: {', '.join(names) or 'none'}"
+    if close and len(names) > MANY:
+        listed = f"nearest of {len(names)} {plural}: {', '.join(close)}"
     return f"did you mean '{close[0]}'? ({listed})" if close else listed
