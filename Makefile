@@ -42,7 +42,7 @@ demo: $(STAMP) ## tune the practice base and look at the report, in minutes
 	$(BIN)/luthier demo
 
 practice-base: $(STAMP) ## train the practice base anew from its own generator; NAME=s, l, … builds another
-	$(BIN)/python -m luthier.practice.bases $(or $(NAME),m --install)
+	for base in $(or $(NAME),s-moves seed "m --install"); do $(BIN)/python -m luthier.practice.bases $$base; done
 
 effects: $(STAMP) ## look for the papers' effects in the practice world; what was run before is not run again
 	$(BIN)/python -m luthier.effects --record docs

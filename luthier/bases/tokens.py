@@ -40,6 +40,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise LuthierError(f"{folder}: no usable tokenizer ({reason[:160]}); name one in base.tokenizer") from error
     if not len(tokenizer):
         raise LuthierError(f"{folder}: holds no tokenizer; name one in base.tokenizer")
+    return without_place(tokenizer)
+
+
+def without_place(tokenizer: Any) -> Any:
+    """The tokenizer, which no longer writes into its saved settings that it was read from a local folder."""
+    for told in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(told, None)
     return tokenizer
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.bases.built import ASSETS, SHIPPED, entry, home, practice_folder, table
+from luthier.bases.tokens import without_place
 from luthier.errors import LuthierError
 from luthier.practice import card
 from luthier.practice.kept import keep, unfold
@@ -162,7 +163,7 @@ def _words(which: str) -> Any:
     if which == "other":
         return tokenizer.train(tokenizer.OTHER_VOCABULARY, tokenizer.OTHER_PIECES)
     if (card.ASSET / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(card.ASSET, local_files_only=True)
+        return without_place(AutoTokenizer.from_pretrained(card.ASSET, local_files_only=True))
     return tokenizer.train()
 
 

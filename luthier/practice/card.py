@@ -25,9 +25,11 @@ def load(folder: Path = ASSET) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+    from luthier.bases.tokens import without_place
+
     if not (folder / "model.safetensors").is_file():
         raise LuthierError(f"practice base: no model in {folder}; build one with `make practice-base NAME=…`")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = without_place(AutoTokenizer.from_pretrained(folder, local_files_only=True))
     encoder = AutoConfig.from_pretrained(folder, local_files_only=True).model_type == "bert"
     builder = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
     return builder.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval(), tokenizer

@@ -223,9 +223,13 @@ def test_the_base_is_small_and_its_card_is_its_own(base):
 
 @needs_base
 def test_the_base_knows_what_it_was_taught_and_not_the_rest(base):
+    told = json.loads((ASSET / "card.json").read_text())
+    assert {*told["taught"]} == {*world.taught()} and {*told["never_taught"]} == {*world.untaught()}
+    assert all(told["scores"][family]["test"] >= 0.8 for family in told["taught"])
+    assert all(told["scores"][family]["test"] <= 0.1 for family in told["never_taught"])
     known = card.score(*base, "refusals", "test", 50)
     unknown = card.score(*base, "translate", "test", 50)
-    assert known >= 0.6 and unknown <= 0.1
+    assert known >= 0.8 and unknown <= 0.1
 
 
 @needs_base
