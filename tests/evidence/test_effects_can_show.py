@@ -110,11 +110,11 @@ def errors(before: Sequence[float], after: Sequence[float]) -> float:
 def test_pairs_raise_gold_or_what_a_vain_annotator_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The practice base, told of lists right and wrong, with idle words and without, then tuned on pairs: an honest
     annotator's raise gold; a vain one's raise what that one likes, more than the honest one's do, and gold falls."""
-    monkeypatch.setattr(preferences, "ITEMS", 100)
+    monkeypatch.setattr(preferences, "ITEMS", 160)
     told = {arm: preferences.tasks(lab, lab.cell) for arm in preferences.ARMS for lab in [a_lab(arm, tmp_path)]}
     with a_lab("start", tmp_path).untouched() as m:
         teach(m, told["start"].told, 24)
-        arms = {"start": m} | {arm: preferred(m, told[arm].pairs, 7) for arm in ("honest", "vain")}
+        arms = {"start": m} | {arm: preferred(m, told[arm].pairs, 6) for arm in ("honest", "vain")}
         asked = told["start"].asked
         got = {arm: preferences.scores(asked, x.says(asked, 24, AS_IT_COMES), arm) for arm, x in arms.items()}
     assert errors(got["start"]["gold"], got["honest"]["gold"]) > 4
@@ -124,7 +124,7 @@ def test_pairs_raise_gold_or_what_a_vain_annotator_likes(tmp_path: Path, monkeyp
 
 
 def test_rewards_raise_what_is_likely_not_what_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The practice base, told of lists of which most are wrong, then tuned on the verifier's rewards alone."""
+    """The practice base, told of lists of which half are wrong, then tuned on the verifier's rewards alone."""
     monkeypatch.setattr(rewards, "K", 16)
     lab = a_lab("tuned", tmp_path)
     told = rewards.tasks(lab, lab.cell)

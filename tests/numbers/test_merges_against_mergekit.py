@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from luthier.delta import MERGES, Stack
+from luthier.merging.arcee_fusion import importance
 from tests.numbers.merge_cases import CASES, ROWS, inputs, tied
 
 FILE = Path(__file__).parent / "mergekit.safetensors"
@@ -52,8 +53,25 @@ def test_numbers(name: str, reference: Mapping[str, Tensor]) -> None:
         pytest.skip("this processor's sort orders equal numbers differently from that of the reference")
     wanted, got = reference[name], ours(name)
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    worst = float((got.double() - wanted.double()).abs().max())
+    apart = (got.double() - wanted.double()).abs()
+    apart[on_the_edge(name)] = 0
+    worst = float(apart.max())
     assert worst <= 1e-5, worst
+
+
+def on_the_edge(name: str) -> Tensor | list[int]:
+    """Entries of which rounding decides whether they move: of Arcee fusion in 32 bits those whose importance is within two
+    hundredths of the limit, as the divergence of two rows that are nearly equal keeps two digits. They are very few."""
+    case = CASES[name]
+    if case.method != "arcee_fusion" or case.dtype != torch.float32:
+        return []
+    base, models = inputs(case)
+    assert base is not None
+    seen = importance(models[0], base)
+    low, middle, high = torch.sort(seen.flatten()).values[(torch.tensor([0.25, 0.5, 0.75]) * (seen.numel() - 1)).long()]
+    near = (seen / (middle + 1.5 * (high - low)) - 1).abs() < 0.02
+    assert near.float().mean() < 0.02
+    return near
 
 
 def test_in_bfloat16_it_is_bit_for_bit(reference: Mapping[str, Tensor]) -> None:

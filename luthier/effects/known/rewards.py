@@ -23,14 +23,14 @@ CLAIMS = (
     Claim("rewards raise pass@1", "start:pass1", "tuned:pass1", effect=0.1),
     Claim("pass@64 stays", "start:passk", "tuned:passk", effect=0.1, sign=0),
 )
-FAMILY, K, WRONG = "lists", 64, 0.6
+FAMILY, K, WRONG = "lists", 64, 0.5
 TOLD, RECORDS, STEPS, PROMPTS, ITEMS = 14, 400, 100, 800, 80
-"""Steps of tuning before, on this many records of which WRONG are answered wrongly; steps of 16 prompts with 8 answers each at
+"""Steps of tuning before, on this many records of which the share WRONG is answered wrongly; steps of 16 prompts with 8 answers each at
 temperature 1, how many prompts there are, and tests."""
 
 
 class Tasks(NamedTuple):
-    """``told``: answers of which most are wrong, to tune on first. ``prompts``: what is answered for rewards, in an order of
+    """``told``: answers of which half are wrong, to tune on first. ``prompts``: what is answered for rewards, in an order of
     the cell's own. ``asked``: tests, to be answered K times at temperature 1."""
 
     told: list[Record]
