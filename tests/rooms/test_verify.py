@@ -21,7 +21,9 @@ from luthier.bridge.target import logits_of, target
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
+from luthier.plan.schema import BaseSpec
 from luthier.verbs import export, import_, inspect, load, verify
+from luthier.verbs.tune import tune
 from tests.rooms.test_bridge_peft import C
 from tests.tiny import tiny, tiny_ids, tiny_tokenizer
 
@@ -366,3 +368,19 @@ def test_export_is_what_verify_passes(folder: Path, base: Path, tmp_path: Path) 
     export_hf(str(base), Delta.load(folder), tmp_path / "hf")
     report = verify(folder, merged=tmp_path / "hf")
     assert report.ok, str(report)
+
+
+def test_a_slight_delta_trained_under_autocast_is_left_to_its_seals(tmp_path):
+    """Its probes were taken in bfloat16 and are asked in float32: that moves them by more than the delta does."""
+    plan = {
+        "base": {"name": "practice", "dtype": "bfloat16"},
+        "data": {"train": {"path": "practice:facts", "limit": 16}, "max_length": 48},
+        "delta": [{"choice": "full"}],
+        "train": {"steps": 1, "batch_size": 2, "lr": 1e-6, "precision": "bf16"},
+        "audit": {"enabled": False},
+    }
+    out = tune(plan, out=tmp_path / "delta", progress=False).out
+    assert Delta.load(out).base["autocast"] == "bfloat16"
+    report = verify(out, load_base(BaseSpec.model_validate({"name": "practice", "dtype": "float32"})))
+    probes = next(c for c in report.checks if c.name == "probes")
+    assert report.ok and probes.ok is None and "the seals decide" in probes.detail
