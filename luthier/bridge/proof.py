@@ -219,7 +219,7 @@ def seals_hold(delta: Delta, found: dict[str, list[float]], dtype: torch.dtype) 
 
 
 def probes_hold(delta: Delta, on: Target) -> Check:
-    """The model is the tuned one, not the base, on the stored inputs; what another type of computing moves is allowed."""
+    """The model is the tuned one, not the base, on the stored inputs."""
     if not delta.probes:
         return Check("probes", None, "the delta carries none")
     run = logits_of(on.model)
@@ -231,7 +231,6 @@ def probes_hold(delta: Delta, on: Target) -> Check:
     handle = attached(on.model)
     made = delta.base.get("fingerprint")
     retyped = bool(made) and compare(made, on.card()["fingerprint"]) == "same, other dtype"
-    retyped |= bool(delta.base.get("autocast"))  # taken in a narrower type than the weights are held in
     verdict = check_probes(delta.probes, run, base_fn=off if retyped and handle.enabled else None)
     remedy = ": load the delta again on its own base" if verdict.ok is False else ""
     return Check("probes", verdict.ok, verdict.reason + remedy)

@@ -85,8 +85,6 @@ class Training:
             "dtype": str(base.dtype)[6:],
             "seed": self.plan.train.seed,
         }
-        if autocast := self.machine.precision.autocast:
-            delta.base["autocast"] = autocast
         delta.lineage = {
             "plan": self.plan.model_dump(mode="json", by_alias=True),
             "data": self.data.fingerprint,

@@ -161,7 +161,8 @@ class _Without:
 
 
 def _probes(training: Training) -> dict[str, Tensor]:
-    """Base and tuned logits on fixed inputs, and on the beginnings of the first records."""
+    """Base and tuned logits on fixed inputs, and on the beginnings of the first records; without autocast, as the model is
+    used once it is loaded."""
     from luthier.training.proof import first_rows
 
     model, handle = training.base.model, training.handle
@@ -173,8 +174,7 @@ def _probes(training: Training) -> dict[str, Tensor]:
             return run(ids)
 
     prompts = [row.ids.tolist()[:20] for row in first_rows(training.data, 3)]
-    with training.machine.precision.context(training.machine.device):
-        return record_probes(off, run, training.base.tokenizer, prompts, training.plan.train.seed)
+    return record_probes(off, run, training.base.tokenizer, prompts, training.plan.train.seed)
 
 
 def _changes(training: Training) -> Iterator[Change]:
