@@ -34,13 +34,18 @@ class ArceeFusion(Merge):
         if not t.base.numel():
             return t.base.clone()
         weights = importance(t.tensors[0], t.base)
-        seen = weights.reshape(-1)
-        if seen.numel() > SAMPLE:
-            seen = seen[torch.randint(seen.numel(), (SAMPLE,), generator=t.generator)]
-        at = (torch.tensor([0.25, 0.5, 0.75]) * (seen.numel() - 1)).long()
-        low, middle, high = torch.sort(seen).values[at]
-        mask = (weights >= middle + 1.5 * (high - low)).float()
+        mask = (weights >= limit(weights, t.generator)).float()
         return t.base + (t.tensors[0] - t.base) * mask
+
+
+def limit(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The importance from which an entry is an outlier, a scalar; of a drawn sample where there are more than `SAMPLE`."""
+    seen = weights.reshape(-1)
+    if seen.numel() > SAMPLE:
+        seen = seen[torch.randint(seen.numel(), (SAMPLE,), generator=generator)]
+    at = (torch.tensor([0.25, 0.5, 0.75]) * (seen.numel() - 1)).long()
+    low, middle, high = torch.sort(seen).values[at]
+    return middle + 1.5 * (high - low)
 
 
 def importance(tuned: Tensor, base: Tensor) -> Tensor:

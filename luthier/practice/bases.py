@@ -64,8 +64,7 @@ def build(
     items: int = ITEMS,
     stop_at: int | None = None,
 ) -> Path | None:
-    """Trains a base into ``folder`` (default: `home()`/NAME, where `practice/NAME` looks) and gives the folder; None where the time
-    was up, or step ``stop_at`` reached, before the end: to be called again. ``tokens`` makes the run longer or shorter; the
+    """Trains a base into ``folder`` (default: NAME in `home()`) and gives the folder; None where the time was up, or step ``stop_at`` reached, before the end: to be called again. ``tokens`` makes the run longer or shorter; the
     stages of the text are stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes
     none. A base whose delta is in the package is made of that, unless ``tokens`` are stated.
 

@@ -21,8 +21,8 @@ STAGES: tuple[tuple[int, dict[str, int]], ...] = (
     (70_000, {"tracking": 10, "refusals": 6, "arithmetic": 4, "lists": 5}),
     (150_000, {"tracking": 8, "refusals": 5, "arithmetic": 4, "lists": 6, "facts": 6}),
 )
-"""From which record on, how often each of the families taught first is drawn (1 where it is not named). Facts and stories come early; once
-they are known, copying and tracking, which take longest to learn, get more practice."""
+"""From which record on, how often each family of `FIRST` is drawn (1 where it is not named). Facts and stories come early;
+once they are known, copying and tracking, which take longest to learn, get more practice."""
 SYSTEM = ("Answer in few words.", "You are a friendly miller.", "Help as well as you can.")
 PROMPT_WEIGHT = 0.1
 """Loss weight of what users say, beside 1 for what the assistant says."""

@@ -52,7 +52,7 @@ TEMPLATE = """\
 
 
 def sample(each: int = SAMPLE) -> Iterator[str]:
-    """Texts of the families taught first, every message on its own. The untaught ones are not looked at."""
+    """Texts of the families of `FIRST`, every message on its own. The untaught ones are not looked at."""
     for record in chain.from_iterable(records(name, "train", each) for name in FIRST):
         for message in record["messages"]:
             yield message["content"]

@@ -28,7 +28,7 @@ PATIENCE = 5_000
 """Draws without a new test record after which there are taken to be no more."""
 
 FIRST = ("arithmetic", "facts", "lists", "refusals", "stories", "tracking")
-"""The taught families that every base's text begins with, and of whose text the tokenizers are made."""
+"""The taught families that the tokenizers are made of, and a base's text where its run states no other mixture."""
 
 _SHARE = ("train",) * 8 + ("test", "shifted")
 _OWNED = {split: frozenset(b for b in range(256) if _SHARE[b % 10] == split) for split in SPLITS}

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from luthier.delta import MERGES, Stack
-from luthier.merging.arcee_fusion import importance
+from luthier.merging.arcee_fusion import importance, limit
 from tests.numbers.merge_cases import CASES, ROWS, inputs, tied
 
 FILE = Path(__file__).parent / "mergekit.safetensors"
@@ -54,24 +54,23 @@ def test_numbers(name: str, reference: Mapping[str, Tensor]) -> None:
     wanted, got = reference[name], ours(name)
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
     apart = (got.double() - wanted.double()).abs()
-    apart[on_the_edge(name)] = 0
+    if CASES[name].method == "arcee_fusion" and name.endswith("fp32"):
+        apart = edges_aside(name, apart, got)
     worst = float(apart.max())
     assert worst <= 1e-5, worst
 
 
-def on_the_edge(name: str) -> Tensor | list[int]:
-    """Entries of which rounding decides whether they move: of Arcee fusion in 32 bits those whose importance is within two
-    hundredths of the limit, as the divergence of two rows that are nearly equal keeps two digits. They are very few."""
-    case = CASES[name]
-    if case.method != "arcee_fusion" or case.dtype != torch.float32:
-        return []
-    base, models = inputs(case)
+def edges_aside(name: str, apart: Tensor, got: Tensor) -> Tensor:
+    """Differences but for entries of which rounding decides whether they move: the divergence of two rows that are nearly
+    equal keeps two digits in 32 bits, and theirs lies within two hundredths of the limit. They are one in fifty at most, and
+    have the value of one model or the other."""
+    base, (model,) = inputs(CASES[name])
     assert base is not None
-    seen = importance(models[0], base)
-    low, middle, high = torch.sort(seen.flatten()).values[(torch.tensor([0.25, 0.5, 0.75]) * (seen.numel() - 1)).long()]
-    near = (seen / (middle + 1.5 * (high - low)) - 1).abs() < 0.02
+    seen = importance(model, base)
+    near = (seen / limit(seen) - 1).abs() < 0.02
     assert near.float().mean() < 0.02
-    return near
+    assert bool(((got == base) | ((got - model).abs() < 1e-7))[near].all())
+    return apart.masked_fill(near, 0)
 
 
 def test_in_bfloat16_it_is_bit_for_bit(reference: Mapping[str, Tensor]) -> None:

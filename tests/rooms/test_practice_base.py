@@ -12,7 +12,7 @@ import torch
 from luthier.errors import LuthierError
 from luthier.practice import card, world
 from luthier.practice.card import ASSET
-from luthier.practice.families._moves import moves_in
+from luthier.practice.families._moves import ends, moves_in
 from luthier.practice.muon import orthogonal
 from luthier.practice.stream import PROMPT_WEIGHT, Stream
 from luthier.practice.train_base import Run, Size, load_state, new_model, optimisers, train
@@ -128,7 +128,7 @@ def test_what_the_text_asks_besides_is_in_no_test_split(tokenizer, family):
         for question, answer in zip(asked[1:], said[1:], strict=True):
             record = {"messages": [{"role": "user", "content": told + question}], "answer": "", "family": family}
             assert world.split_of(family, world.meaning(record)) == "train"
-            at = dict(move.split(">") for move in moves_in(record))
+            at = ends(moves_in(record))
             thing, pairs = question.split()[-1][:-1], answer.split()
             if thing in at:
                 assert answer == f"In the {at[thing]}."

@@ -136,7 +136,7 @@ def test_a_grown_base_is_built_from_its_parent(home, words):
     assert not (changed / "config.json").exists()
 
 
-def test_a_grown_base_is_put_into_the_package_with_its_card(home, monkeypatch, capsys):
+def test_a_built_base_is_put_into_the_package_with_its_card(home, monkeypatch, capsys):
     package = home / "package"
     package.mkdir()
     (package / "training.json").write_text("{}")

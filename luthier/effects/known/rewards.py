@@ -25,8 +25,8 @@ CLAIMS = (
 )
 FAMILY, K, WRONG = "lists", 64, 0.5
 TOLD, RECORDS, STEPS, PROMPTS, ITEMS = 14, 400, 100, 800, 80
-"""Steps of tuning before, on this many records of which the share WRONG is answered wrongly; steps of 16 prompts with 8 answers each at
-temperature 1, how many prompts there are, and tests."""
+"""Steps of tuning before, on this many records of which the share WRONG is answered wrongly; steps of 16 prompts with 8
+answers each at temperature 1, how many prompts there are, and tests."""
 
 
 class Tasks(NamedTuple):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from luthier.practice.contract import said
+from luthier.practice.contract import Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import FIRST, PLACES
 
@@ -31,7 +31,23 @@ def tell(draw: Draw, objects: list[str], moves: int, shifted: bool) -> tuple[lis
     return told, key, at
 
 
+def asked(thing: str, place: str, shifted: bool = False) -> tuple[str, str]:
+    """The question for one thing, and its reply."""
+    return f"Where has the {thing} ended up?" if shifted else f"Where is the {thing}?", f"In the {place}."
+
+
+def placed(answer: str, response: str) -> Verdict:
+    """Right if the response names the place and no other."""
+    named = {w for w in words(response) if w in PLACES}
+    return right() if named == {answer} else wrong(f"expected {answer}, got {', '.join(sorted(named)) or 'no place'}")
+
+
 def moves_in(record: Mapping[str, Any]) -> list[str]:
     """What went where, in order, as ``thing>place``."""
     told = re.findall(r"(?:puts|moves|hides|carries) the (\w+) (?:in|to) the (\w+)", said(record))
     return [f"{thing}>{place}" for thing, place in told]
+
+
+def ends(moves: Iterable[str]) -> dict[str, str]:
+    """Where every thing is after moves, each ``thing>place``."""
+    return dict(move.split(">") for move in moves)

@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.practice.contract import Item, Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
-from luthier.practice.families._moves import moves_in, tell
+from luthier.practice.families._moves import asked, ends, moves_in, placed, tell
 from luthier.practice.words import OBJECTS, PLACES
 
 ABOUT = "what is where after people have moved many things about: all of them, each with its place, or one"
@@ -28,8 +28,8 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
     told, key, at = tell(draw, draw.some(OBJECTS, things), moves + 2 * shifted, shifted)
     order = draw.some(list(at), things)
     if draw.below(2):
-        question = f"Where has the {order[0]} ended up?" if shifted else f"Where is the {order[0]}?"
-        response, answer = f"In the {at[order[0]]}.", at[order[0]]
+        answer = at[order[0]]
+        question, response = asked(order[0], answer, shifted)
     else:
         question = "Where has everything ended up?" if shifted else ALL
         response, answer = _listed(order, at), _listed(sorted(at), at)
@@ -45,7 +45,7 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
     after it, in any order, and nothing else is."""
     got, due = words(response), answer.split()
     if len(due) == 1:
-        return right() if {w for w in got if w in PLACES} == {answer} else wrong(f"expected {answer}")
+        return placed(answer, response)
     pairs, expected = (sorted(zip(w[::2], w[1::2], strict=False)) for w in (got, due))
     known = all(word in OBJECTS or word in PLACES for word in got)
     return right() if known and len(got) == len(due) and pairs == expected else wrong(f"expected {answer}")
@@ -59,10 +59,10 @@ def meaning(record: Mapping[str, Any]) -> str:
 def further(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(meaning, question, answer) after one thing was asked for: every other one, then all; what a base's training asks
     besides."""
-    asked = re.search(r"the (\w+)\?$", said(record))
-    if asked is None:
+    first = re.search(r"the (\w+)\?$", said(record))
+    if first is None:
         return []
-    told, at = meaning(record), dict(move.split(">") for move in moves_in(record))
+    told, at = meaning(record), ends(moves_in(record))
     order = Draw(record["id"]).some(list(at), len(at))
-    single = [(told, f"Where is the {thing}?", f"In the {at[thing]}.") for thing in order if thing != asked[1]]
+    single = [(told, *asked(thing, at[thing])) for thing in order if thing != first[1]]
     return [*single, (told, ALL, _listed(order[::-1], at))]

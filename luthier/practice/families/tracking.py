@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from luthier.practice.contract import Item, Verdict, right, said, words, wrong
+from luthier.practice.contract import Item, Verdict, said
 from luthier.practice.draw import Draw
-from luthier.practice.families._moves import moves_in, tell
-from luthier.practice.words import OBJECTS, PLACES
+from luthier.practice.families._moves import asked, ends, moves_in, placed, tell
+from luthier.practice.words import OBJECTS
 
 ABOUT = "where a thing is after people have moved things about"
 TAUGHT = True
@@ -23,18 +23,15 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
     things, moves = SIZES[level]
     objects = draw.some(OBJECTS, things)
     told, key, at = tell(draw, objects, moves + (1 + level if shifted else 0), shifted)
-    asked = draw.pick(objects)
-    question = f"Where has the {asked} ended up?" if shifted else f"Where is the {asked}?"
-    key.append(asked)
-    return Item("|".join(key), f"{' '.join(told)} {question}", f"In the {at[asked]}.", at[asked])
+    thing = draw.pick(objects)
+    question, reply = asked(thing, at[thing], shifted)
+    key.append(thing)
+    return Item("|".join(key), f"{' '.join(told)} {question}", reply, at[thing])
 
 
 def verify(prompt: str, answer: str, response: str) -> Verdict:
     """Right if the response names the place and no other."""
-    named = {w for w in words(response) if w in PLACES}
-    if named == {answer}:
-        return right()
-    return wrong(f"expected {answer}, got {', '.join(sorted(named)) or 'no place'}")
+    return placed(answer, response)
 
 
 def meaning(record: Mapping[str, Any]) -> str:
@@ -44,6 +41,6 @@ def meaning(record: Mapping[str, Any]) -> str:
 
 def further(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(meaning, question, answer) for the other things of the same text: what a base's training asks besides."""
-    told, _, asked = meaning(record).rpartition("|")
-    at = dict(move.split(">") for move in told.split("|"))
-    return [(f"{told}|{thing}", f"Where is the {thing}?", f"In the {at[thing]}.") for thing in at if thing != asked]
+    told, _, first = meaning(record).rpartition("|")
+    at = ends(told.split("|"))
+    return [(f"{told}|{thing}", *asked(thing, at[thing])) for thing in at if thing != first]
