@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,11 @@ def build(
     stages of the text are stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes
     none. A base whose delta is in the package is made of that, unless ``tokens`` are stated.
 
-    Raises LuthierError where the parent is not built, and where the folder holds a run of other settings.
+    Raises LuthierError where the parent is not built, and where the folder holds a run or a base of other settings.
     """
     folder = folder or home() / base.name
     if (folder / "config.json").is_file():
+        _as_described(base, folder, tokens)
         if items and not (folder / "card.json").is_file():
             card.write(folder, items, command=f"{card.COMMAND} --base practice/{base.name}")
         return folder
@@ -89,6 +90,21 @@ def build(
     if items:
         card.write(folder, items, command=f"{card.COMMAND} --base practice/{base.name}")
     return folder
+
+
+def _as_described(base: Described, folder: Path, tokens: int | None) -> None:
+    """A finished base is the one that is asked for: made by the run that the table describes, of the length asked for."""
+    told = json.loads((folder / "training.json").read_text())
+    held = told["run"] | {"size": told["size"], "parent": told.get("parent", ""), "grown": told.get("grown")}
+    wanted = asdict(base.run) | {"size": asdict(base.size), "parent": base.parent, "grown": base.grow}
+    free = {"stretch"} if tokens is None else {"stretch", "tokens"}
+    differs = [k for k in wanted if k not in free and held.get(k) != wanted[k]]
+    if tokens is not None and told["tokens_asked"] != tokens:
+        differs.append("tokens")
+    if differs:
+        raise LuthierError(
+            f"practice base: {folder} holds another {base.name}, with other {', '.join(differs)}: choose another --out, or remove it"
+        )
 
 
 def _from_delta(base: Described, shipped: Path, folder: Path) -> Path:

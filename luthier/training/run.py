@@ -15,7 +15,7 @@ import torch
 from luthier.attach import Attached, attached
 from luthier.attach.prompts import stack_of
 from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer, full_fingerprint
-from luthier.bases.hardware import choose_device, has_bf16, peak_memory, reset_peak, set_malloc
+from luthier.bases.hardware import choose_device, has_bf16, limit_kernels, peak_memory, reset_peak, set_malloc
 from luthier.bases.load import Base, load_base
 from luthier.data.prepare import prepare
 from luthier.delta import OBJECTIVES
@@ -126,6 +126,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     """Loads the base and the data, attaches the deltas, proves what can be proven, and resumes if asked."""
     torch.manual_seed(plan.train.seed)
     set_malloc()
+    limit_kernels()
     accelerator = make_accelerator(
         plan.train.fsdp, choose_device(None), plan.train.report_to, out, plan.model_dump(mode="json", by_alias=True)
     )

@@ -84,6 +84,10 @@ def test_a_base_is_resumed_to_the_same_numbers_and_loads_by_name(home, name, cap
     assert held.model.config.hidden_size == 32 and len(held.tokenizer) == tokenizer.VOCABULARY
     again = bases.build(base, items=0)
     assert again == whole
+    with pytest.raises(LuthierError, match=f"holds another {name}, with other lr: choose another --out, or remove it"):
+        bases.build(replace(base, run=replace(base.run, lr=0.5)), items=0)
+    with pytest.raises(LuthierError, match="with other tokens"):
+        bases.build(base, items=0, tokens=999)
     if name == "s":
         marks = sorted(p.name for p in whole.iterdir() if p.name.isdigit())
         assert marks == ["5", "6", "7"][-len(marks) :] and len(marks) >= 2

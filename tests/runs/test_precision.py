@@ -126,7 +126,9 @@ def test_probes_of_a_full_tune_under_autocast_are_of_base_and_tuned(world: World
 
     def largest() -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float().topk(64, -1).values for ids in rows])
+            return torch.cat(
+                [model(input_ids=ids, use_cache=False).logits[0].float().topk(64, -1).values for ids in rows]
+            )
 
     tuned = largest()
     with handle.off():

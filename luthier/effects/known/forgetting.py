@@ -9,8 +9,8 @@ from luthier.practice.world import taught
 
 ABOUT = "full tuning on a new language forgets 10 to 40 points of what was taught; low rank forgets less, and brings intruder dimensions"
 PAPERS = ("P110", "P228", "P363")
-BASE = "practice/s"
-ARMS = {"base": (), "full": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2)}
+BASE = "practice"
+ARMS = {"base": (), "full": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 3e-3, 1e-2)}
 CHOSEN_BY = "target"
 CLAIMS = (
     Claim("full tuning learns the new language", "base:target", "full:target", effect=0.3),
@@ -26,7 +26,7 @@ def measures(lab: Lab, cell: Cell) -> Scores:
     if cell.arm == "base":
         with lab.untouched() as model:
             return _scores(lab, model)
-    delta = {"choice": "full"} if cell.arm == "full" else {"form": "lora", "rank": 4, "alpha": 8}
+    delta = {"choice": "full"} if cell.arm == "full" else {"form": "lora", "rank": 8, "alpha": 16}
     with lab.tuned(lab.told("translate", 4000), delta=delta, steps=STEPS) as model:
         return {**_scores(lab, model), "intruders": intruders(model.training)}
 
