@@ -64,6 +64,8 @@ def audit(
         read = distrusted(read, folder, overrides)
     spec = read.audit.model_copy(update={"enabled": True})
     place = free_for_files(Path(out) if out is not None else folder / "audit")
+    if (place / "delta.json").exists():
+        raise LuthierError(f"{place} holds a delta, whose own report would be lost: choose another --out")
     base_spec = (
         read.base
         if plan is not None
