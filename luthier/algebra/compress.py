@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,7 @@ class Work:
     def __init__(self, base: Checkpoint, tuned: Tuned, method: Compression, spec: CompressSpec, say: Say) -> None:
         self.base, self.tuned, self.method, self.spec, self.say = base, tuned, method, spec, say
         self.packed = self._packed_sites()
+        self.beside = max(Counter(s.layer for s in self.packed if s.layer is not None).values(), default=1)
         self.accounts: dict[tuple[str, str], Account] = {}
         self.pieces: list[Piece] = []
 
@@ -114,7 +116,7 @@ class Work:
         """A site compressed and put into its piece; with the change that came out, as `change` lays it out."""
         base, change = self.change(site)
         g = torch.Generator().manual_seed(self.spec.seed)
-        small = self.method.compress(Change(site, base, change, inputs, g))
+        small = self.method.compress(Change(site, base, change, inputs, g, self.beside))
         state = State(site, small.p, small.fixed, lambda: oriented(base, site) if site.kind == "embedding" else base)
         made = small.form.delta(state)
         assert not isinstance(made, No)

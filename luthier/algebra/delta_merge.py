@@ -47,11 +47,13 @@ class DeltaMerge:
         self,
         each: Mapping[str, Sequence[float]] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
+        empty: bool = False,
     ) -> Delta:
-        """The merged delta, unproved. each: settings of the models that a search asks for."""
+        """The merged delta, unproved. each: settings of the models that a search asks for. empty: whether it may be the
+        base itself, a delta without pieces; else that is an error."""
         jobs = replaced(self.jobs, each) if each else self.jobs
         if self.method.cls.factors:
-            delta = self._factors(jobs)
+            delta = self._factors(jobs, progress)
         elif (weights := self._weights(jobs)) is not None:
             delta = stack(self.deltas, weights, rank=self.plan.rank, name="merged")
         elif self.plan.rank is not None:
@@ -59,7 +61,9 @@ class DeltaMerge:
                 f"rank: {self._why()}, so that the result is of full rank: leave rank out, and 'luthier compress' the result"
             )
         else:
-            delta = self._dense(jobs, progress)
+            delta = Delta(self._dense(jobs, progress))
+            if not delta.pieces and not empty:
+                raise LuthierError("the merge equals the base: its weights or densities are all 0; state others")
         delta.base = dict(self.deltas[0].base)
         delta.lineage = {
             "made_by": f"merge {self.plan.method}",
@@ -93,14 +97,21 @@ class DeltaMerge:
 
         return weight
 
-    def _factors(self, jobs: Sequence[Job]) -> Delta:
-        """A merge of factors at sites that all deltas carry as LoRA; elsewhere the merge of the tensors."""
-        if reason := why_not(self.deltas):
-            raise LuthierError(f"{self.method.name} merges LoRA deltas: {reason}")
+    def _factors(self, jobs: Sequence[Job], progress: Callable[[int, int], None]) -> Delta:
+        """A merge of factors at sites that deltas carry as LoRA, all of them; elsewhere the merge of the tensors."""
+        pieces = [p for d in self.deltas for p in d.pieces]
+        found = {k: s for p in pieces if type(p.form) is LoRA for k, s in p.sites.items()}
+        factored = {f"{s.name}.{s.parameter}" for s in found.values()}
+        mixed = factored & {
+            f"{s.name}.{s.parameter}" for p in pieces if type(p.form) is not LoRA for s in p.sites.values()
+        }
+        if not found or mixed:
+            told = f"at {min(mixed)}, " if mixed else ""
+            raise LuthierError(f"{self.method.name} merges LoRA deltas: {told}{why_not(self.deltas)}")
         by_name = {j.item.name: j for j in jobs}
         sites: dict[str, Site] = {}
         numbers: dict[str, dict[str, Tensor]] = {}
-        for key, site in {k: s for d in self.deltas for p in d.pieces for k, s in p.sites.items()}.items():
+        for key, site in found.items():
             pairs = []
             for delta in self.deltas:
                 for piece in delta.pieces:
@@ -121,10 +132,12 @@ class DeltaMerge:
                 pairs, Stack(item.name, [], None, job.each, item.role, item.layer, item.layers)
             )
             sites[key], numbers[key] = site, {"A": a.contiguous(), "B": b.contiguous()}
-        return Delta([lora_piece("merged", sites, numbers)])
+        rest = [j for j in jobs if j.item.name not in factored]
+        dense = self._dense(rest, progress, "averaged") if rest else []
+        return Delta([lora_piece("merged", sites, numbers), *dense])
 
-    def _dense(self, jobs: Sequence[Job], progress: Callable[[int, int], None]) -> Delta:
-        """Exact differences of the merged tensors from the base's."""
+    def _dense(self, jobs: Sequence[Job], progress: Callable[[int, int], None], label: str = "merged") -> list[Piece]:
+        """Exact differences of the merged tensors from the base's, a piece for each type; none where there is none."""
         pieces: dict[str, list[Tensor]] = {}
         noted: list[dict[str, float]] = []
 
@@ -136,7 +149,7 @@ class DeltaMerge:
             self.sources,
             keep,
             seed=self.plan.seed,
-            measured=measure(jobs, self.sources),
+            measured=measure(jobs, self.sources, seed=self.plan.seed),
             progress=progress,
             notes=noted,
         )
@@ -155,10 +168,7 @@ class DeltaMerge:
             piece = made.get(kind)
             if piece is None:
                 form = FORMS.make("dense", {"dtype": kind})
-                label = "merged" if not made else f"merged-{kind}"
-                piece = made[kind] = Piece(label, form, {}, {}, {})
+                piece = made[kind] = Piece(label if not made else f"{label}-{kind}", form, {}, {}, {})
             piece.sites[name] = self.on.site(name)
             piece.p[name], piece.fixed[name] = {"bits": bits}, {}
-        if not made:
-            raise LuthierError("the merge equals the base: its weights or densities are all 0; state others")
-        return Delta(list(made.values()))
+        return list(made.values())

@@ -213,8 +213,13 @@ class _Team:
             self._turn.notify_all()
 
 
-def measure(jobs: Sequence[Job], sources: Sequence[Source], *, ahead: int | None = None) -> dict[str, Any]:
-    """What each job's merge notes of its tensor in a first pass, by name; {} where no merge looks before it merges."""
+def measure(
+    jobs: Sequence[Job], sources: Sequence[Source], *, seed: int = 0, ahead: int | None = None
+) -> dict[str, Any]:
+    """What each job's merge notes of its tensor in a first pass, by name; {} where no merge looks before it merges.
+
+    seed: that of `run`, so that both passes draw alike.
+    """
     looking = [j for j in jobs if j.merge is not None and j.merge.looks]
     if not looking:
         return {}
@@ -226,7 +231,7 @@ def measure(jobs: Sequence[Job], sources: Sequence[Source], *, ahead: int | None
         with torch.inference_mode():
             for load in reader.loads():
                 assert load.job.merge is not None
-                noted[load.job.item.name] = load.job.merge.measure(_stack(load, 0, {}))
+                noted[load.job.item.name] = load.job.merge.measure(_stack(load, seed, {}))
                 load.tensors.clear()
                 reader.done(load)
     finally:

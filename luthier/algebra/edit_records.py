@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from typing import Any, Literal
 
 from luthier.bridge.target import Target
@@ -279,13 +280,17 @@ def _aligned(r: Record, w: Writer, new: Text, anchors: Mapping[str, str]) -> tup
     """The text put generally, and for each token of the text the position of its counterpart there.
 
     With anchors, what stands outside them is matched character by character, a term's first token with its
-    replacement's first; a term's further tokens, and its later occurrences, have no counterpart. A whole `generic` of
-    the record's own is matched from the start of the target, token by token, as far as both go.
+    replacement's first; a term's further tokens, and its later occurrences, have no counterpart. In a whole `generic` of
+    the record's own, runs of equal tokens are each other's counterparts, and where other tokens stand, the first ones are.
     """
     if r.generic:
         other = w.text(r.prompt, r.generic, where=r.where)
-        shift = other.start - new.start
-        return other, tuple(n + shift if 0 < n + shift < len(other.ids) else -1 for n in range(len(new.ids)))
+        aligned = [-1] * len(new.ids)
+        ours, theirs = new.ids[new.start : new.end], other.ids[other.start : other.end]
+        for kind, a, b, c, _ in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+            for n in range({"equal": b - a, "replace": 1}.get(kind, 0)):
+                aligned[new.start + a + n] = other.start + c + n
+        return other, _closed(aligned, new, other)
     prompt, _ = _replaced(r.prompt, anchors, set())
     met = {a for a in anchors if re.search(rf"(?<!\w){re.escape(a)}(?!\w)", r.prompt)}
     target, table = _replaced(r.target, anchors, met)
@@ -297,9 +302,14 @@ def _aligned(r: Record, w: Writer, new: Text, anchors: Mapping[str, str]) -> tup
     for n, char in enumerate(ours):
         if char in table:
             aligned[new.end - len(ours) + n] = at.get(table[char], -1)
+    return other, _closed(aligned, new, other)
+
+
+def _closed(aligned: list[int], new: Text, other: Text) -> tuple[int, ...]:
+    """`aligned`, with what closes one text matched with what closes the other."""
     for n in range(min(len(new.ids) - new.end, len(other.ids) - other.end)):
         aligned[new.end + n] = other.end + n
-    return other, tuple(aligned)
+    return tuple(aligned)
 
 
 def _first(text: str, a: int, b: int) -> int:

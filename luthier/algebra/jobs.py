@@ -75,10 +75,8 @@ class Method:
             raise LuthierError(
                 f"{self.name} needs the base that the models were tuned from at {item.name}: state it (base)"
             )
-        least, most = self.cls.models
         count = len(item.inputs) - (base is not None)
-        if count < least or most is not None and count > most:
-            wanted = str(least) if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+        if wanted := self.cls.wants(count):
             beside = " besides the base" if base is not None else ""
             raise LuthierError(f"{self.name} takes {wanted} models{beside}, got {count} at {item.name}")
         return base
@@ -118,7 +116,7 @@ def make_jobs(
         if not plan.out_dtype and not plan.dtype:
             written = _as_stored(item, sources, written)
         jobs.append(Job(item, merge, arithmetic, written, shape, each, base, aligned))
-    return jobs, notes
+    return jobs, notes + _unread(plan, method, jobs)
 
 
 def _as_stored(item: Item, sources: Sequence[Source], otherwise: torch.dtype) -> torch.dtype:
@@ -170,6 +168,16 @@ def _strangers(plan: MergePlan, method: Method) -> list[str]:
                 )
             notes.append(f"{where}: {method.name} has no parameter '{key}'; it was not used")
     return list(dict.fromkeys(notes))
+
+
+def _unread(plan: MergePlan, method: Method, jobs: Sequence[Job]) -> list[str]:
+    """Notes on the models' own settings of this merge that are stated and of which no tensor makes use."""
+    unread = set(method.cls.each) - {key for j in jobs if j.merge is not None for key in j.merge.reads}
+    stated = [(where, key) for where, scope, _ in _scopes(plan) for key in scope or {} if key in unread]
+    return [
+        f"{where}: with its other settings {method.name} has no use for '{key}'; it was not used"
+        for where, key in stated
+    ]
 
 
 def _scopes(plan: MergePlan) -> list[tuple[str, Parameters | None, bool]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -339,6 +339,18 @@ class Attached:
             if name not in self.pieces:
                 pieces += edits.moved(name, table, sites or {})
         return Delta(pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Above:
+    """Switches off what stands above some pieces of a model and leaves those on: the base as a run on top of them met it."""
+
+    handle: Attached
+    kept: frozenset[str]
+
+    def off(self) -> AbstractContextManager[nn.Module]:
+        """The base with the kept pieces alone."""
+        return self.handle.off(keep=self.kept)
 
 
 def _check_shapes(piece: Piece, key: str, anchor: Tensor, weight: Any) -> None:

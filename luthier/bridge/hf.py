@@ -17,7 +17,7 @@ from luthier.bridge.folding import MAX_LOST, add_biases, folded, remove_biases, 
 from luthier.bridge.proof import Check, refuse
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta.artefact import Delta
-from luthier.delta.folder import refuse_existing
+from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
 from luthier.delta.probes import check_probes, probe_inputs
 from luthier.errors import LuthierError
 
@@ -108,8 +108,8 @@ def _write(
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)
-    except OSError as e:
-        raise LuthierError(f"cannot write {folder}: {e.strerror or e}; nothing was left behind") from e
+    except UNWRITABLE as e:
+        raise unwritten(str(folder), e, "nothing was left behind") from e
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -21,7 +21,7 @@ from luthier.bridge.peft_in import PREFIX, ROWS
 from luthier.bridge.target import Target, target
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta, Piece
-from luthier.delta.folder import refuse_existing
+from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
 from luthier.errors import LuthierError
 
 TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -65,8 +65,8 @@ def to_peft(
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)
-    except OSError as e:
-        raise LuthierError(f"cannot write {folder}: {e.strerror or e}; nothing was left behind") from e
+    except UNWRITABLE as e:
+        raise unwritten(str(folder), e, "nothing was left behind") from e
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder

@@ -7,6 +7,7 @@ the interpreter while it copies, and reads into buffers that are used again.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_places(file: Path) -> dict[str, Place]:
                 )
             dtype = DTYPES[entry["dtype"]]
             place = Place(file, dtype, shape, 8 + length + start, end - start)
-            if place.nbytes != _product(shape) * dtype.itemsize or start < 0 or 8 + length + end > size:
+            if place.nbytes != math.prod(shape) * dtype.itemsize or start < 0 or 8 + length + end > size:
                 raise broken(f"{name} does not fit")
             places[name] = place
     except FileNotFoundError:
@@ -116,10 +117,3 @@ class Files:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out

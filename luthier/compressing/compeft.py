@@ -22,7 +22,7 @@ class ComPEFT(Compression):
     """
 
     density: float = 0.05
-    """Share of entries kept; the paper tries 0.05 to 0.5."""
+    """Share of entries kept, fewer where fewer are not 0; the paper tries 0.05 to 0.5."""
     alpha: float = 1.0
     """Factor on the standard deviation, where no text tells a better one."""
     alphas: tuple[float, ...] = (0.5, 1, 2, 3, 4, 5, 6, 8, 10)
@@ -43,7 +43,8 @@ class ComPEFT(Compression):
     def compress(self, c: Change) -> Small:
         form = FORMS.make("ternary", {"density": self.density})
         flat = c.change.flatten()
-        index = flat.abs().topk(form.kept(c.site), sorted=False).indices.sort().values
+        kept = min(form.kept(c.site), int(flat.count_nonzero()))
+        index = flat.abs().topk(kept, sorted=False).indices.sort().values
         sign = torch.where(flat[index] < 0, -1, 1).to(torch.int8)
         place = index.to(torch.int32 if len(flat) < 2**31 else torch.int64)
         return Small(form, {"scale": (self.alpha * flat.std())[None]}, {"index": place, "sign": sign})

@@ -32,6 +32,6 @@ class PELA(Compression):
 
     def compress(self, c: Change) -> Small:
         settings = {"factor": self.factor, "penalty_weight": self.penalty_weight, "eps": self.eps}
-        form = FORMS.make("factored", settings)
+        form = FORMS.make("factored", settings | {"matrices": c.beside})
         p, _ = form.start(State(c.site, {}, {}, lambda: c.base))
         return Small(form, dict(p))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta.card import card_of
+from luthier.delta.folder import UNWRITABLE, unwritten
 from luthier.delta.form import Form, No, Site, State
 from luthier.delta.header import FORMAT, OWN, read_header, site_of
 from luthier.delta.registry import FORMS
@@ -245,10 +246,8 @@ class Delta:
                 (folder / name).unlink(missing_ok=True)
             for place in (folder, folder.parent):
                 fsync(place)
-        except OSError as e:
-            raise LuthierError(
-                f"cannot write the delta to {folder}: {e.strerror or e}; what stood there before is whole"
-            ) from e
+        except UNWRITABLE as e:
+            raise unwritten(f"the delta to {folder}", e, "what stood there before is whole") from e
         finally:
             shutil.rmtree(new, ignore_errors=True)
         return folder

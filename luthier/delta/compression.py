@@ -24,6 +24,8 @@ class Change:
     inputs: Tensor | None = None
     """Inputs of the site on the calibration text [N, d_in], as the model under compression gives them."""
     generator: Generator | None = None
+    beside: int = 1
+    """How many matrices a layer has that are compressed, this one among them; where layers differ, the most."""
 
 
 @dataclass

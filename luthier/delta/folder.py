@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from luthier.errors import LuthierError
+
+UNWRITABLE = (OSError, SafetensorError)
+"""What writing raises where it fails: safetensors tells a full disk by an error of its own."""
+
+
+def unwritten(what: str, error: BaseException, left: str) -> LuthierError:
+    """The error of a write that failed; `left` says what of it, or before it, is there."""
+    why = getattr(error, "strerror", None) or error
+    return LuthierError(f"cannot write {what} ({why}): free some space, or name another place; {left}")
 
 
 def refuse_existing(folder: str | os.PathLike[str]) -> Path:

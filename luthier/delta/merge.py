@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -80,6 +80,19 @@ class Merge:
     """Whether it merges whole models unit by unit, from their features on calibration text (`match`, `solve`); `merge` is
     then for what is no linear map."""
     paper: ClassVar[str] = ""
+
+    @classmethod
+    def wants(cls, count: int) -> str:
+        """How many models besides the base it takes ('at least 2'), where `count` are none of that; else ''."""
+        least, most = cls.models
+        if count >= least and (most is None or count <= most):
+            return ""
+        return str(least) if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+
+    @property
+    def reads(self) -> Collection[str]:
+        """Of the models' own settings (`each`), those that these settings make use of."""
+        return type(self).each
 
     @property
     def looks(self) -> bool:

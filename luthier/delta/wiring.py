@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta.artefact import Delta, digest
-from luthier.delta.folder import refuse_existing
+from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
 from luthier.delta.registry import MOVES
 from luthier.errors import LuthierError
 
@@ -112,10 +112,8 @@ class Wiring:
             if folder.exists():
                 folder.rmdir()
             os.replace(new, folder)
-        except OSError as e:
-            raise LuthierError(
-                f"cannot write the assembly to {folder}: {e.strerror or e}; nothing was left behind"
-            ) from e
+        except UNWRITABLE as e:
+            raise unwritten(f"the assembly to {folder}", e, "nothing was left behind") from e
         finally:
             shutil.rmtree(new, ignore_errors=True)
         return folder

@@ -21,7 +21,8 @@ class Antidote(Edit):
     of the entries become zero: exactly round(alpha · n), ties to the first. No training. As `records` give the texts
     that the model should not produce, with the answers that it does; `deltas` are what the tuning left.
 
-    Our reading: the share holds in every matrix (within: tensor); 'whole' ranks all matrices together.
+    Our reading: the share holds in every matrix (within: tensor); 'whole' ranks all matrices together. Differs: the
+    authors' scripts have alpha 0.1 (dense_ratio).
     Source: Huang et al. 2024 (P351); score of Sun et al. 2023 (Wanda).
     """
 

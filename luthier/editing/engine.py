@@ -271,7 +271,8 @@ def fact_value(s: Subject, module: str, request: Request, weights: Weights, how:
 
     Minimised: mean −log p(target) over the request and its prefixed texts, + kl · KL of what follows the essence,
     + decay · ‖δ‖² / ‖y‖²; ‖δ‖ stays within clamp · ‖y‖. δ is measured in units of y's root mean square, so that one
-    learning rate serves models of any scale (our reading; the authors step on δ itself).
+    learning rate serves models of any scale (our reading; the authors step on δ itself). Our reading: decay weighs ‖δ‖²;
+    the authors' code has decay · ‖δ‖ / ‖y‖², which depends on the scale.
     """
     texts = [request.new, *request.prefixed]
     essence = [request.essence] if request.essence is not None and how.kl else []

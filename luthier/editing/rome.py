@@ -39,7 +39,8 @@ class ROME(FactEdit):
 
     Several requests are inserted one after the other: a change of rank n. Then all values settle together (`Settle`,
     ours; settle: 0 leaves the published form). Differs from the paper: v is taken at the mean key, so that the residual is
-    δ itself and W'k = v exactly; the layer is a share of the depth, not a causal trace; decay is 0.5 there.
+    δ itself and W'k = v exactly; the layer is a share of the depth, not a causal trace; decay is 0.5
+    there and weighs ‖δ‖ / ‖y‖², the norm of δ not squared.
     Source: Meng et al. 2022, Locating and Editing Factual Associations in GPT.
     """
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.effects.contract import effect_named, effects, waiting
 from luthier.effects.page import page
-from luthier.effects.run import SEEDS, run
+from luthier.effects.run import PROTOCOL, SEEDS, digest, run
 from luthier.errors import LuthierError
+from luthier.measuring.report import replace_text
 
 OUT = Path("effects-build")
 
@@ -60,8 +61,22 @@ def _run(names: list[str], told: argparse.Namespace) -> None:
         results[name] = run(name, told.out, told.workers, told.seeds, _say)
         for claim in results[name]["claims"]:
             sys.stdout.write(f"{name}: {claim['says']}: {claim.get('reason', results[name].get('waiting'))}\n")
-        table.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-        words.write_text(page(dict(sorted(results.items()))))
+        results = {n: r | {"stale": n not in names and _stale(n, r)} for n, r in sorted(results.items())}
+        replace_text(table, json.dumps(results, indent=1) + "\n")
+        replace_text(words, page(results))
+
+
+def _stale(name: str, told: Mapping[str, Any]) -> bool:
+    """Whether the protocol, the effect, its bench or its base is another than the one that these results are of; where a base is not at
+    hand that is not known, and what was said before stays."""
+    if "key" not in told:
+        return False
+    if told.get("protocol") != PROTOCOL:
+        return True
+    try:
+        return digest(name) != told["key"]
+    except LuthierError:
+        return bool(told.get("stale"))
 
 
 def _say(line: str) -> None:

@@ -9,11 +9,12 @@ from luthier.effects.contract import effects
 
 HEAD = """# Effects in the practice world
 
-What the papers claim, looked for where the truth is known. Every row is a paired comparison over the same items and at least
-five seeds, every tuned arm at its best learning rate of equally many tried, the power stated from a pilot before the runs
+What the papers claim, looked for where the truth is known. Every row is a paired comparison over the same items and seeds,
+five unless it says otherwise, every tuned arm at the smallest of equally many learning rates that is not shown to be worse than the best, the power stated from a pilot before the runs
 that count ([practice.md](practice.md) tells the protocol). A verdict holds in this world; it does not say that a claim is
 right or wrong elsewhere. Differences are method minus baseline; the interval is of 95 %; s.e. are standard errors.
 
+    make practice-base NAME=s                     first: most of them are tuned on practice/s
     make effects                                  all of them, two processes; what was run before is not run again
     python -m luthier.effects forgetting          one of them
     python -m luthier.effects --list
@@ -63,6 +64,11 @@ def _part(name: str, told: Mapping[str, Any]) -> list[str]:
         for arm, a in told["arms"].items()
         if a["tried"]
     )
+    if told.get("stale"):
+        lines += [
+            "",
+            "Measured by another protocol, with other settings or on another base than the effect has today; to be run again.",
+        ]
     lines += ["", f"Base {told['base']}, {told['seeds']} seeds. Rates tried (score on the tuning items): {rates}."]
     lines += [f"{told['processor_seconds']} seconds of one core in all; key {told['key']}.", ""]
     lines += [f"* {claim['says']}: {claim['reason']}." for claim in told["claims"]]

@@ -20,16 +20,18 @@ import numpy as np
 
 from luthier.effects.contract import Cell, Claim, Effect, Scores, effect_named, waiting
 from luthier.errors import LuthierError
-from luthier.measuring.protocol import Arm, Plan, judge, paired, spread
+from luthier.measuring.protocol import Arm, Plan, gentlest, judge, paired, spread
 
 SEEDS = 5
-TRIALS = 2
-"""Trial seeds: the first sweeps the rates, all of them at the best rate are the pilot."""
+PROTOCOL = 2
+"""How rates are chosen and verdicts reached, by number; results by another are to be had again."""
+TRIALS = range(1000, 1002)
+"""Trial seeds, none of which counts: the first sweeps the rates, all of them at the best rate are the pilot."""
 
 
 def digest(name: str) -> str:
-    """What a cell depends on: the effect's own text, that of what it shares with others and of the bench, and the base's
-    content."""
+    """What a cell is kept by: the effect's own text, that of what it shares with others and of the bench, and the content
+    of its base, and of its ``LARGE`` one. A change of the world or of training is not seen: another --out runs anew."""
     from luthier.bases.load import load_base
     from luthier.effects import known, lab
     from luthier.plan.schema import BaseSpec
@@ -40,7 +42,8 @@ def digest(name: str) -> str:
     shared = [f"{known.__name__}.{m.name}" for m in pkgutil.iter_modules(known.__path__) if m.name.startswith("_")]
     for part in (effect, lab, *(importlib.import_module(name) for name in shared if name in text)):
         told.update(inspect.getsource(part).encode())
-    told.update(str(load_base(BaseSpec(name=effect.BASE)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
+    for base in filter(None, (effect.BASE, getattr(effect, "LARGE", None))):
+        told.update(str(load_base(BaseSpec(name=base)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
     return told.hexdigest()
 
 
@@ -58,9 +61,9 @@ def cell_scores(name: str, cell: Cell, key: str, out: Path) -> Scores:
     effect = effect_named(name)
     torch.manual_seed(cell.seed)
     scratch = out / name / f"{cell.key}.scratch"
-    began = time.monotonic()
+    began = time.process_time()
     scores = effect.measures(Lab(effect.BASE, cell, scratch), cell)
-    told = {"key": key, "seconds": round(time.monotonic() - began, 1), "scores": scores}
+    told = {"key": key, "seconds": round(time.process_time() - began, 1), "scores": scores}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(told) + "\n")
     os.replace(part, path)
@@ -99,27 +102,29 @@ def run(
         return {"about": effect.ABOUT, "papers": list(effect.PAPERS), "waiting": why, "claims": _planned(effect)}
     (out / name).mkdir(parents=True, exist_ok=True)
     key, began = digest(name), time.monotonic()
-    first = [Cell(arm, rate, 0, True) for arm, rates in effect.ARMS.items() for rate in rates or (None,)]
+    first = [Cell(arm, rate, TRIALS[0], True) for arm, rates in effect.ARMS.items() for rate in rates or (None,)]
     say(f"{name}: {len(first)} trial runs over the rates")
     tried = _map(name, first, key, out, workers)
-    arms = {
-        arm: Arm(arm, {r: float(np.mean(tried[Cell(arm, r, 0, True)][effect.CHOSEN_BY])) for r in rates})
-        for arm, rates in effect.ARMS.items()
-    }
-    best = {arm: found.best() if found.tried else None for arm, found in arms.items()}
-    say(f"{name}: best rates {best}; {TRIALS} trial seeds tell the spread")
-    pilot = _scores(effect, name, best, range(TRIALS), True, key, out, workers)
+    arms: dict[str, Arm] = {}
+    for arm, rates in effect.ARMS.items():
+        scores = {rate: tried[Cell(arm, rate, TRIALS[0], True)][effect.CHOSEN_BY] for rate in rates}
+        arms[arm] = Arm(arm, {r: float(np.mean(s)) for r, s in scores.items()}, gentlest(scores) if scores else None)
+    best = {arm: found.chosen for arm, found in arms.items()}
+    say(f"{name}: best rates {best}; {len(TRIALS)} trial seeds tell the spread")
+    pilot = _scores(effect, name, best, TRIALS, True, key, out, workers)
     plans = [_plan(claim, pilot, seeds) for claim in effect.CLAIMS]
     for claim, plan in zip(effect.CLAIMS, plans, strict=True):
         say(f"{name}: {claim.says}: power {plan.power():.2f} for {claim.effect:g} with {seeds} seeds")
     final = _scores(effect, name, best, range(seeds), False, key, out, workers)
     claims = [_judged(claim, plan, final, arms) for claim, plan in zip(effect.CLAIMS, plans, strict=True)]
-    spent = sum(json.loads(p.read_text())["seconds"] for p in (out / name).glob("*.json"))
+    held = [json.loads(p.read_text()) for p in (out / name).glob("*.json")]
+    spent = sum(cell["seconds"] for cell in held if cell["key"] == key)
     return {
         "about": effect.ABOUT,
         "papers": list(effect.PAPERS),
         "base": effect.BASE,
         "key": key,
+        "protocol": PROTOCOL,
         "seeds": seeds,
         "arms": {a: {"tried": {f"{r:g}": s for r, s in arm.tried.items()}, "rate": best[a]} for a, arm in arms.items()},
         "means": {side: round(float(final[side].mean()), 4) for side in sorted(final)},
@@ -145,7 +150,9 @@ def _scores(
 ) -> dict[str, np.ndarray]:
     """'arm:measure' -> [seeds, items]. What is not tuned is run once and stands for every seed."""
     cells = {
-        (arm, s): Cell(arm, rate, s if rate is not None else 0, trial) for arm, rate in best.items() for s in seeds
+        (arm, s): Cell(arm, rate, s if rate is not None else seeds[0], trial)
+        for arm, rate in best.items()
+        for s in seeds
     }
     found = _map(name, list(cells.values()), key, out, workers)
     table = {}
@@ -169,7 +176,7 @@ def _plan(claim: Claim, pilot: dict[str, np.ndarray], seeds: int) -> Plan:
 def _judged(claim: Claim, plan: Plan, scores: dict[str, np.ndarray], arms: dict[str, Arm]) -> dict[str, Any]:
     one, two = _side(scores, claim.baseline, claim), _side(scores, claim.method, claim)
     found = paired(one, two)
-    compared = [arms[side.partition(":")[0]] for side in dict.fromkeys((claim.baseline, claim.method))]
+    compared = [arms[arm] for arm in dict.fromkeys(side.partition(":")[0] for side in (claim.baseline, claim.method))]
     tuned = [arm for arm in compared if arm.tried]
     verdict = judge(plan, found, tuned)
     return {

@@ -26,7 +26,7 @@ class Factored(Form):
     factor: float = 2.0
     """Of compression; above 1."""
     penalty_weight: float = 1.0
-    """0 for none, as the authors' vision models without distillation have it."""
+    """0 for none, as the authors' DeiT, which distils, has it."""
     eps: float = 1e-3
     matrices: int = 7
     """Factored matrices of a layer."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.attach.attached import HANDLE
 from luthier.errors import LuthierError
 from luthier.measuring import forward, words
 from luthier.measuring.checks import CheckResult, compare
@@ -53,8 +54,8 @@ def audit(
 
     `base` has `.model`, `.tokenizer`, `.kind` and `.fingerprint`; `switch.off()` hides the deltas. `data` is the run's
     data section: prompts are rendered as they were for training. The base's responses are kept in `cache` (default:
-    $LUTHIER_CACHE, where that is set; False for never). `progress` is told what is being done. `checks`: what
-    `prepare_checks` gave for the same spec, data and seed, where it was asked before.
+    $LUTHIER_CACHE, where that is set; False for never), where its fingerprint says all of it. `progress` is told what is
+    being done. `checks`: what `prepare_checks` gave for the same spec, data and seed, where it was asked before.
     """
     if not spec.enabled:
         return Audit()
@@ -97,11 +98,18 @@ def _base_side(base: Any, check: Prepared, spec: AuditSpec, folder: Path | None)
         "needs": check.metric.needs, "kind": base.kind, "dtype": str(getattr(base.model, "dtype", "")),
         "device": base.model.device.type, "max_new_tokens": check.max_new_tokens, "batch_size": spec.batch_size,
     }  # fmt: skip
+    mark = str(base.fingerprint or "") if _bare(base) else ""
     with Watch() as watch:
-        made, cached = remembered(
-            folder, str(base.fingerprint or ""), asked, check.items, lambda: respond(base, check, spec.batch_size)
-        )
+        made, cached = remembered(folder, mark, asked, check.items, lambda: respond(base, check, spec.batch_size))
     return made, cached, watch.seconds
+
+
+def _bare(base: Any) -> bool:
+    """Whether the fingerprint says all of a base with its deltas off: no piece stays on, and no row of a new token and no
+    part that the checkpoint lacks is drawn."""
+    handle = base.model.__dict__.get(HANDLE)
+    drawn = [getattr(base, name, ()) for name in ("new_rows", "new_parameters", "fresh")]
+    return not any(drawn) and not (handle is not None and handle.kept)
 
 
 def _drift(base: Any, switch: Switch, spec: AuditSpec, checks: Sequence[Prepared], seed: int) -> Drift | None:

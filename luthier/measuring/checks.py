@@ -148,11 +148,14 @@ def _intervals(
     options: dict[str, Any] = {"weights": weights, "resamples": resamples, "seed": seed}
     if metric.unit == "share":
         options["bounds"] = (0.0, 1.0)
+    unchanged = metric.unit == "share" and np.array_equal(pairs[:, 0], pairs[:, 1])
     of = np.exp if metric.unit == "perplexity" else (lambda x: x)
     return (
         stats.bootstrap(pairs[:, 0], lambda m: of(stats.mean(m)), **options),
         stats.bootstrap(pairs[:, 1], lambda m: of(stats.mean(m)), **options),
-        stats.bootstrap(pairs, lambda m: of(m[..., 1]) - of(m[..., 0]), **options),
+        stats.nothing_seen(len(pairs))
+        if unchanged and len(pairs)
+        else stats.bootstrap(pairs, lambda m: of(m[..., 1]) - of(m[..., 0]), **options),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer
 from luthier.errors import LuthierError, nearest
 from luthier.measuring import stats
 from luthier.measuring.audit import drift_text, respond
@@ -33,6 +34,8 @@ POWER = 0.8
 """How often a difference of the size called detectable is seen."""
 _SURE = NormalDist().inv_cdf(0.975)
 _SEEN = _SURE + NormalDist().inv_cdf(POWER)
+_ROUNDING = 1e-12
+"""What a share computed in two ways may differ by: a limit that is just reached is not passed over by it."""
 
 
 class Side(Protocol):
@@ -178,9 +181,10 @@ def line(
     reach = worst.high - worst.value
     detectable = _SEEN / _SURE * reach
     margin = most - worst.value
-    found: Verdict = "pass" if worst.high <= most else "fail" if margin < 0 or math.isnan(margin) else "underpowered"
+    passed, failed = worst.high <= most + _ROUNDING, margin < -_ROUNDING or math.isnan(margin)
+    found: Verdict = "pass" if passed else "fail" if failed else "underpowered"
     needed = None
-    if found == "underpowered" and margin > 1e-12:
+    if found == "underpowered" and margin > _ROUNDING:
         many = math.log(0.025) / math.log1p(-margin) if rare and margin < 1 else n * (detectable / margin) ** 2
         needed = math.ceil(many) if math.isfinite(many) else None
     return Line(what, check, unit, n, old, new, change, limit, bound, detectable, needed, found)
@@ -216,12 +220,11 @@ def asked_of(
 
 
 def _one_tongue(old: Side, new: Side) -> bool:
-    """Whether both have the same tokens and the same chat template, so that one rendering serves both."""
+    """Whether both turn text into the same tokens and have the same chat template, so that one rendering serves both."""
     a, b = old.base.tokenizer, new.base.tokenizer
-    if a is b:
-        return True
-    templates = [getattr(t, "chat_template", None) for t in (a, b)]
-    return templates[0] == templates[1] and _words(a) == _words(b)
+    if a is b or a is None or b is None:
+        return a is b
+    return all(mark(a) == mark(b) for mark in (fingerprint_tokenizer, fingerprint_template))
 
 
 def _words(tokenizer: Any) -> Any:
@@ -278,8 +281,6 @@ def _score(a: Answered, result: CheckResult, limits: GateSpec) -> Line:
     pairs = a.right()
     change = result.difference
     same = bool(np.array_equal(pairs[:, 0], pairs[:, 1]))
-    if result.unit == "share" and same:
-        change = stats.nothing_seen(result.n)
     if result.better == "lower":
         change = stats.Interval(-change.value, -change.high, -change.low)
     tolerance = limits.tolerances.get(a.check.name, limits.tolerance)

@@ -90,10 +90,11 @@ def plot(line: Mapping[str, Any]) -> Markup:
 def write_gate(folder: Path, data: Mapping[str, Any]) -> tuple[Path, Path]:
     """Writes gate.json and gate.html into a folder and returns their paths."""
     clean = plain(data)
+    page = render(clean)
     folder.mkdir(parents=True, exist_ok=True)
     json_path, html_path = folder / "gate.json", folder / "gate.html"
     replace_text(json_path, json.dumps(clean, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    replace_text(html_path, render(clean))
+    replace_text(html_path, page)
     return json_path, html_path
 
 
@@ -127,9 +128,11 @@ def _measured(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     out = [("answers", words.quantity(found["n"]))]
     for key, name in (("ece", "expected calibration error"), ("brier", "Brier score")):
         for side in ("old", "new", "change"):
-            x = found[key][side]
-            number = (
-                (lambda v: "?" if v is None else words.signed(v, 3)) if side == "change" else (lambda v: f"{v:.3f}")
-            )
-            out.append((f"{name}, {side}", f"{number(x['value'])} [{number(x['low'])}, {number(x['high'])}]"))
+            value, low, high = (_places(found[key][side][k], side == "change") for k in ("value", "low", "high"))
+            out.append((f"{name}, {side}", f"{value} [{low}, {high}]"))
     return out
+
+
+def _places(value: float | None, signed: bool) -> str:
+    """Three places; '?' for what is not known, as the ends of an interval over one item."""
+    return "?" if value is None else words.signed(value, 3) if signed else f"{value:.3f}"

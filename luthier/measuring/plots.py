@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 _INSET = 2.0  # per cent left free at both ends, so that dots are not cut
 
@@ -123,8 +123,3 @@ def thin(points: Sequence[tuple[float, float]], most: int = 600) -> list[tuple[f
         return list(points)
     step = (len(points) - 1) / (most - 1)
     return [points[round(i * step)] for i in range(most)]
-
-
-def text(value: object) -> Markup:
-    """Escaped text, for callers that build markup by hand."""
-    return escape(value)

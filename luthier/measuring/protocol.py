@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
 from luthier.errors import LuthierError
+from luthier.measuring.stats import nothing_seen
 
 Scores = Sequence[Sequence[float]] | np.ndarray
 """Scores of one arm, [seeds, items]: row s is the run of seed s, column i is item i, the same in both arms."""
 LEVEL, POWER = 0.95, 0.8
+FEW = 30
+"""Differing scores below which a bootstrap interval is not narrower than a plain one."""
 VERDICTS = ("reproduced", "not reproduced", "underpowered")
 
 _NORMAL = NormalDist()
@@ -95,7 +98,8 @@ def paired(baseline: Scores, method: Scores, *, resamples: int = 2000, seed: int
     bootstrap, Owen 2007), pairs staying together, which gives the interval its shape; that bootstrap overstates what is
     left between seeds and items up to three times, and few seeds drawn from themselves vary too little, so the width is
     that of the two-way analysis of variance with Student's quantile (our reading), the same that ``Plan`` reckons with.
-    Raises LuthierError for scores that do not pair."""
+    Where fewer than ``FEW`` scores differ, draws from them have no shape worth following: the interval is then at least
+    what that quantile gives on either side. Raises LuthierError for scores that do not pair."""
     d = _differences(baseline, method)
     s, n = d.shape
     rng = np.random.default_rng(seed)
@@ -107,8 +111,12 @@ def paired(baseline: Scores, method: Scores, *, resamples: int = 2000, seed: int
     error, sides = parts.error(s, n), np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - effect
     drawn = float(means.std())
     share = (1 + level) / 2
-    widen = error / drawn * quantile_t(share, parts.freedom(s, n)) / _NORMAL.inv_cdf(share) if drawn else 0.0
-    return Paired(effect, error, effect + widen * float(sides[0]), effect + widen * float(sides[1]), s, n, level)
+    plain = error * quantile_t(share, parts.freedom(s, n)) if error else 0.0
+    shaped = sides * (plain / drawn / _NORMAL.inv_cdf(share) if drawn else 0.0)
+    low, high = float(shaped[0]), float(shaped[1])
+    if np.count_nonzero(d) < FEW:
+        low, high = min(-plain, low), max(plain, high)
+    return Paired(effect, error, effect + low, effect + high, s, n, level)
 
 
 def quantile_t(share: float, freedom: float) -> float:
@@ -147,11 +155,11 @@ class Plan:
 
     def power(self) -> float:
         """Chance that an effect of this size is found, its sign told at ``level`` (two-sided), by the normal
-        approximation around Student's quantile; with sign 0, that arms which are alike are told to be."""
+        approximation around Student's quantile; with sign 0, that arms which are alike are told to be. A pilot in which
+        nothing varied counts as one that missed what so many items can miss, in scores of at most 1."""
         error = self.spread.error(self.seeds, self.items)
-        if error == 0:
-            return 1.0
         bar = quantile_t((1 + self.level) / 2, self.spread.freedom(self.seeds, self.items))
+        error = error or nothing_seen(self.items, self.level).high / bar
         found = _NORMAL.cdf(self.effect / error - bar)
         return found if self.sign else max(0.0, 2 * found - 1)
 
@@ -178,18 +186,34 @@ def needed(
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm's tuning on record: setting -> score on the tuning items, in the order tried, higher being better."""
+    """One arm's tuning on record: setting -> score on the tuning items, in the order tried, higher being better.
+    ``chosen`` is the setting that was taken, by default the one with the best score."""
 
     name: str
     tried: Mapping[float, float]
+    chosen: float | None = None
 
     def best(self) -> float:
-        """The setting with the best score, the smaller of two that tie."""
+        """The setting taken; else the one with the best score, the smaller of two that tie."""
+        if self.chosen is not None:
+            return self.chosen
         return max(sorted(self.tried), key=lambda setting: self.tried[setting])
 
     def at_edge(self) -> bool:
         """Whether the best setting is the smallest or largest tried, so that a better one may lie outside."""
         return len(self.tried) > 1 and self.best() in (min(self.tried), max(self.tried))
+
+
+def gentlest(tried: Mapping[float, Sequence[float]], level: float = LEVEL) -> float:
+    """Of settings with their scores on the same tuning items, the smallest that is not shown, by the paired differences
+    at ``level``, to be worse than the best: what a measure at its ceiling cannot tell apart is not decided by one item."""
+    best = max(sorted(tried), key=lambda setting: float(np.mean(tried[setting])))
+    for setting in sorted(tried):
+        d = np.asarray(tried[best], dtype=np.float64) - np.asarray(tried[setting], dtype=np.float64)
+        noise = float(d.std(ddof=1)) / math.sqrt(len(d))
+        if d.mean() <= quantile_t((1 + level) / 2, len(d) - 1) * noise:
+            return setting
+    return best
 
 
 def equal_budgets(arms: Sequence[Arm]) -> list[str]:
@@ -216,10 +240,11 @@ class Verdict:
 
 
 def judge(plan: Plan, found: Paired, arms: Sequence[Arm] = ()) -> Verdict:
-    """Reproduced: the interval lies on the claimed side of zero. Not reproduced: it lies on the other side, or excludes
-    an effect as large as the plan's. With sign 0, reproduced: it lies within the plan's effect on both sides of zero; not
-    reproduced: it lies wholly outside. Underpowered: neither, or no item differs at all where some should. Raises LuthierError where less was run than planned, or arms
-    were not given as many tries as each other."""
+    """Reproduced: the interval lies on the claimed side of zero; where it excludes an effect as large as the plan's, the
+    reason says so. Else not reproduced: it lies on the other side, or excludes such an effect. With sign 0, reproduced: it
+    lies within the plan's effect on both sides of zero; not reproduced: it lies wholly outside. Underpowered: neither, or no
+    item differs at all where some should; with sign 0 the interval is then what so many items cannot exclude, in scores
+    of at most 1. Raises LuthierError where less was run than planned, or arms were not given as many tries as each other."""
     if found.seeds < plan.seeds or found.items < plan.items:
         raise LuthierError(
             f"protocol: planned {plan.seeds} seeds and {plan.items} items, got {found.seeds} and {found.items}; run the rest"
@@ -234,7 +259,8 @@ def judge(plan: Plan, found: Paired, arms: Sequence[Arm] = ()) -> Verdict:
     if found.error == 0 == found.effect:
         return Verdict("underpowered", "no item differs in any seed, so the noise is not known", tuning)
     if low > 0:
-        return Verdict("reproduced", said, tuning)
+        small = f"; less than the {plan.effect:g} that matters" if high < plan.effect else ""
+        return Verdict("reproduced", f"{said}{small}", tuning)
     if high < plan.effect:
         why = "the other way round" if high < 0 else f"an effect of {plan.effect:g} is excluded"
         return Verdict("not reproduced", f"{said}; {why}", tuning)
@@ -242,6 +268,10 @@ def judge(plan: Plan, found: Paired, arms: Sequence[Arm] = ()) -> Verdict:
 
 
 def _alike(bound: float, found: Paired, said: str, tuning: tuple[str, ...]) -> Verdict:
+    if found.error == 0 == found.effect:
+        unseen = nothing_seen(found.items, found.level)
+        found = replace(found, low=unseen.low, high=unseen.high)
+        said = f"no item differs in any seed, of {found.items} [{found.low:+.4g}, {found.high:+.4g}]"
     if -bound < found.low and found.high < bound:
         return Verdict("reproduced", f"{said}; a difference of {bound:g} is excluded both ways", tuning)
     if found.low >= bound or found.high <= -bound:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.errors import LuthierError
 from luthier.measuring import stats
 from luthier.measuring.audit import respond
 from luthier.measuring.checks import Score, judge
@@ -95,6 +96,18 @@ def weigh(
         stats.bootstrap(values - bare, weights=weights, **options),
         guards, all(line.verdict != "fail" for line in guards), flips, made + new.seconds,
     )  # fmt: skip
+
+
+def one_unit(checks: Sequence[Prepared]) -> None:
+    """Refuses targets of which some are scored by shares and others by losses: no mean is made of the two."""
+    targets = [check for check in checks if check.kind == "target"]
+    shares = [check.name for check in targets if check.metric.unit == "share"]
+    losses = [check.name for check in targets if check.metric.unit != "share"]
+    if shares and losses:
+        raise LuthierError(
+            f"audit.target: {', '.join(shares)} are scored by the share right, {', '.join(losses)} by a loss, and the ways are "
+            "compared by one mean: state targets of one kind"
+        )
 
 
 def target_values(checks: Sequence[Prepared], replies: Replies) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """The base's own responses, kept between audits: the base does not change, so it need not be asked again.
 
 Only what a model made is kept, never what a verifier said of it, and the key holds everything that decides it: the
-base's fingerprint and dtype, the token ids asked, what was asked, and the versions.
+base's fingerprint and dtype, the token ids asked, what was asked, and the versions. A base of which the fingerprint
+does not say all (earlier deltas, new tokens, a fresh head) is asked each time.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def default_name(source: SourceSpec) -> str:
 
 
 def drawn(records: Iterator[Any], count: int, seed: int) -> list[Any]:
-    """A seeded draw from the first 10,000, in the order of the source: sorted files give no lopsided sample."""
+    """A seeded draw from the first 10,000 records, in the order of the source; those behind are never drawn."""
     seen = [record for record, _ in zip(records, range(_SEEN), strict=False)]
     if len(seen) <= count:
         return seen

@@ -19,8 +19,8 @@ class DareLinear(TaskVectors):
     """Drop and rescale: every entry of a change stays with probability `density` = 1 − p. Source: Yu et al. 2023 (P268).
 
     With `normalize`, DARE with averaging; without, with task arithmetic. The paper multiplies what stays by
-    1 / (1 − p); as in the field's files, `rescale` restores the change's absolute sum instead, which is the same in
-    expectation. In bfloat16 the density is rounded to that type, as mergekit does; the draws are not mergekit's.
+    1 / (1 − p); as in the field's files, `rescale` restores the change's absolute sum instead: a factor that depends on
+    the draw, so that the expectation is the change itself only nearly, in large tensors. In bfloat16 the density is rounded to that type, as mergekit does; the draws are not mergekit's.
     """
 
     rescale: bool = True

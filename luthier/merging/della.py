@@ -44,7 +44,8 @@ class Della(TaskVectors):
     """DELLA: MagPrune (`density` ± `epsilon` by the rank of the magnitude in its row), signs that agree, rescaled.
 
     Rows are those of the first axis; ranks run over the second one. A row of one entry has probability `density`
-    (our reading). Source: Deep et al. 2024 (arXiv 2406.11617).
+    (our reading). Our reading: as in the field's files, `rescale` restores the change's absolute sum; the paper divides
+    each kept entry by the probability with which it was kept. Source: Deep et al. 2024 (arXiv 2406.11617).
     """
 
     normalize: bool = True
@@ -72,7 +73,7 @@ class Della(TaskVectors):
 
 
 def _rows(x: Tensor) -> tuple[int, ...]:
-    return (1, *x.shape) if x.dim() < 2 else tuple(x.shape)
+    return (1, x.numel()) if x.dim() < 2 else tuple(x.shape)
 
 
 @MERGES.add("della_linear")

@@ -19,7 +19,8 @@ class Karcher(Merge):
     """The direction with the least mean squared angle to the models' directions, by the mean of the norms.
 
     Riemannian steps from the normalised mean: along the average of the models as the tangent space sees them, until it
-    is shorter than `tol` or after `max_iter`. A base counts as one of the models. Source: Karcher 1977; mergekit.
+    is shorter than `tol` or after `max_iter`. In mergekit's files a base counts as one of the models, elsewhere only
+    where it is among them. Source: Karcher 1977; mergekit.
     """
 
     max_iter: int = 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,14 +19,14 @@ class LiNeS(Merge):
     """W = W₀ + (α + β l / (L − 1)) τ in layer l of L, counted from 0, and W₀ + α τ outside of the layers.
 
     τ is the change that `of`, any merge with a base, makes. One model: α = γ and β = 1 − γ, so that γ = 1 is the tuned
-    model and γ = 0 leaves the first layer at the base. Several: α is by default ‖Σ τᵢ‖₁ / ‖τ‖₁ / N over the whole
-    model, and β is to be tried. A single layer takes α (our reading). Source: Wang et al. 2024 (P222).
+    model and γ = 0 leaves the first layer at the base. α is by default ‖Σ τᵢ‖₁ / ‖τ‖₁ / N over the whole model; of
+    several, β is to be tried. `gamma` is that of breadcrumbs, where `of` names it. A single layer takes α (our reading). Source: Wang et al. 2024 (P222).
     """
 
     alpha: float | None = None
     """α: the factor at the first layer; None sets it from the norms."""
-    beta: float = 1.0
-    """β: what is added up to the last layer."""
+    beta: float | None = None
+    """β: what is added up to the last layer; None is 1 − α for one model, 1 for several."""
     of: str = "task_arithmetic"
     """The merge that makes the change."""
     normalize: bool | None = None
@@ -51,6 +51,10 @@ class LiNeS(Merge):
         return MERGES.make(self.of, {k: v for k, v in stated.items() if v is not None})
 
     @property
+    def reads(self) -> Collection[str]:
+        return self.inner.each
+
+    @property
     def looks(self) -> bool:
         return self.alpha is None
 
@@ -59,7 +63,11 @@ class LiNeS(Merge):
         return sizes(t, self._inner(t))
 
     def _inner(self, t: Stack) -> Tensor:
-        inner = self.inner
+        inner, count = self.inner, len(t.tensors)
+        if wanted := inner.wants(count):
+            raise LuthierError(
+                f"lines: '{self.of}' takes {wanted} models, got {count} at {t.name}: name another merge (of)"
+            )
         return inner.merge(replace(t, each={k: t.each[k] for k in inner.each}))
 
     def factor(self, t: Stack) -> float:
@@ -69,7 +77,8 @@ class LiNeS(Merge):
             norms = list(t.measured.values())
             summed, apart = sum(n[0] for n in norms), sum(n[1] for n in norms)
             alpha = (summed / apart if apart else 1.0) / len(t.tensors)
-        return alpha if t.layer is None or t.layers < 2 else alpha + self.beta * t.layer / (t.layers - 1)
+        beta = (1 - alpha if len(t.tensors) == 1 else 1.0) if self.beta is None else self.beta
+        return alpha if t.layer is None or t.layers < 2 else alpha + beta * t.layer / (t.layers - 1)
 
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None

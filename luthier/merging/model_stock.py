@@ -16,11 +16,12 @@ from luthier.parts.trims import spans, wide
 @MERGES.add("model_stock")
 @dataclass(frozen=True)
 class ModelStock(Merge):
-    """W = t W̄ + (1 − t) W₀ with t = N cos θ / (1 + (N − 1) cos θ), θ the mean angle between the N models' changes.
+    """W = t W̄ + (1 − t) W₀ with t = N cos θ / (1 + (N − 1) cos θ), cos θ the mean cosine between two models' changes.
 
-    Equal models give t = 1, orthogonal changes t = 0. Where 1 + (N − 1) cos θ is 0, the base stays. t is
-    noted for the report.
-    Source: Jang et al. 2024 (P017).
+    Equal models give t = 1, orthogonal changes t = 0, and so does no change. Where 1 + (N − 1) cos θ is 0, the base
+    stays. t is noted for the report. Differs from mergekit, which divides by 1e-6 where the product of two changes' norms
+    is less: here small changes have the cosine that they have. In float16, as there, products of changes below about 2e-4
+    are lost: `dtype: float32` keeps them. Source: Jang et al. 2024 (P017).
     """
 
     filter_wise: bool = False
@@ -42,12 +43,8 @@ class ModelStock(Merge):
                 squares[i][where] += d.to(kind).square().sum(-1)
                 for j in range(i + 1, n):
                     products[i, j][where] += (d * changes[j]).sum(-1, dtype=kind)
-        norms, products = squares.sqrt().to(base.dtype), products.to(base.dtype)
-        cosines = [
-            (products[i, j] / (norms[i] * norms[j]).clamp(min=1e-6)).clamp(-1, 1)
-            for i in range(n)
-            for j in range(i + 1, n)
-        ]
+        norms, pairs = squares.sqrt(), [(i, j) for i in range(n) for j in range(i + 1, n)]
+        cosines = [_cosine(products[i, j], norms[i], norms[j], base.dtype) for i, j in pairs]
         cosine = torch.stack(cosines).mean(dim=0).unsqueeze(-1)
         below = 1 + (n - 1) * cosine
         singular = below.abs() < 1e-6
@@ -73,6 +70,13 @@ class ModelStock(Merge):
             share = ratio[cut] if base.dim() > 1 else ratio
             out[cut] = share * mean.div_(len(models)) + (1 - share) * base[cut]
         return out.view(t.tensors[0].shape)
+
+
+def _cosine(product: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """product / (a b) in `dtype`, each rounded to it first where it can hold them; 0 where a or b is."""
+    size, rounded = a * b, a.to(dtype) * b.to(dtype)
+    exact = product / torch.where(size > 0, size, 1)
+    return torch.where(rounded < 1e-6, exact.to(dtype), product.to(dtype) / rounded).clamp(-1, 1)
 
 
 def _cuts(x: Tensor) -> list[slice]:

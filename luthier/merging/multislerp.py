@@ -21,7 +21,7 @@ class MultiSLERP(Merge):
     """The models (or, with a base, their changes) as directions: averaged in the tangent space at their weighted mean.
 
     The direction goes back to the sphere by the exponential map and takes the weighted mean of the norms. Models must
-    not cancel out; two that do are interpolated linearly. Source: Goddard, mergekit.
+    not cancel out; two that do are interpolated linearly. A tensor that no model changed stays. Source: Goddard, mergekit.
     """
 
     normalize_weights: bool = True
@@ -44,9 +44,12 @@ class MultiSLERP(Merge):
             return flat[i][a:b] if origin is None else flat[i][a:b] - origin[a:b]
 
         norms = torch.stack([length(partial(change, i), n, dtype) for i in range(len(flat))])
+        if not norms.any():  # nobody changed this tensor
+            return (t.tensors[0] if t.base is None else t.base).clone()
+        sizes = torch.where(norms > 0, norms, 1) + self.eps
 
         def units(a: int, b: int) -> list[Tensor]:
-            return [change(i, a, b) / (norms[i] + self.eps) for i in range(len(flat))]
+            return [change(i, a, b) / sizes[i] for i in range(len(flat))]
 
         reach = length(lambda a, b: _mixed(units(a, b), weights), n, dtype)
         if reach < self.eps and len(flat) > 2:

@@ -22,7 +22,7 @@ class RobustMerge(Merge):
     trim keeps the largest `keep` of a matrix by magnitude. sₜ has one number a rank: the absolute sum of its row of Aₜ
     over that of trim(Aₜ) (1 for a row trimmed away: our reading), with those below the value at rank
     (1 − `compensate`) · r raised to it: the cheap stand-in for evening out singular values. Weights are 2 in the
-    paper. What is no low-rank change is averaged. Source: Zeng et al. 2025 (P116; later called RobustMerge).
+    paper. At sites without a low-rank change the models are averaged. Source: Zeng et al. 2025 (P116; later called RobustMerge).
     """
 
     keep: float = 0.2

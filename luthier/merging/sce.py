@@ -20,6 +20,7 @@ class SCE(Merge):
     """Select, calculate, erase: of entries the `select_topk` share that differs most between models; weights by tensor,
     each model's mean squared change; entries whose sign is not that of the sum count for nothing.
 
+    Where the mean squares add up to less than 1e-6, all models weigh the same, as in mergekit.
     Source: Wan et al. 2024 (arXiv 2408.07990).
     """
 

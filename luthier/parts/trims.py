@@ -16,7 +16,8 @@ from luthier.parts.spread import SPAN, Over, alone, spans
 __all__ = ["SMALL", "SPAN", "Band", "Chunk", "band", "kth", "spans", "wide"]
 
 SMALL = 1 << 20
-"""Up to so many entries, those that tie at a limit are told apart by torch's own sort; above, the first ones are kept."""
+"""Up to so many entries, those that tie at a limit are told apart by torch's own sort; above, of those at the lower limit
+the last are kept, of those at the upper one the first."""
 
 Chunk = Callable[[int, int], Tensor]
 """Entries a to b of a flat tensor, on demand: (a, b) -> [b − a]. What it gives may be overwritten by the next call."""

@@ -49,7 +49,7 @@ class BaseSpec(Section):
     kind: Literal["causal", "classify", "seq2seq"] = Field("causal", description="Which head the model carries.")
     labels: list[str] | None = Field(None, min_length=1, description="Class names for kind: classify, in index order.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type the frozen base is held in; auto is the checkpoint's own (float32 on a CPU)."
+        "auto", description="Type the frozen base is held in; auto goes by train.precision, see docs/precision.md."
     )
     attention: str | None = Field(None, description="transformers attention implementation; default sdpa.")
     trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")

@@ -93,18 +93,34 @@ def build(
 
 
 def _as_described(base: Described, folder: Path, tokens: int | None) -> None:
-    """A finished base is the one that is asked for: made by the run that the table describes, of the length asked for."""
+    """A finished base is the one that is asked for: made by the run that the table describes, of the length asked for, with
+    its tokenizer, and from the parent that is at hand, where there is one."""
     told = json.loads((folder / "training.json").read_text())
     held = told["run"] | {"size": told["size"], "parent": told.get("parent", ""), "grown": told.get("grown")}
+    held["tokenizer"] = told.get("tokenizer", base.tokenizer)
     wanted = asdict(base.run) | {"size": asdict(base.size), "parent": base.parent, "grown": base.grow}
+    wanted["tokenizer"] = base.tokenizer
     free = {"stretch"} if tokens is None else {"stretch", "tokens"}
     differs = [k for k in wanted if k not in free and held.get(k) != wanted[k]]
     if tokens is not None and told["tokens_asked"] != tokens:
         differs.append("tokens")
+    if not differs and base.parent and not _same_parent(base, told.get("parent_fingerprint")):
+        differs.append("parent_fingerprint")
     if differs:
         raise LuthierError(
             f"practice base: {folder} holds another {base.name}, with other {', '.join(differs)}: choose another --out, or remove it"
         )
+
+
+def _same_parent(base: Described, stated: str | None) -> bool:
+    """Whether the parent is the one of that fingerprint; True where it is not at hand, or none is stated."""
+    from luthier.bases.fingerprint import compare, fingerprint
+
+    try:
+        folder = practice_folder(_parent(base))
+    except LuthierError:
+        return True
+    return stated is None or compare(stated, fingerprint(card.load(folder)[0])) != "different"
 
 
 def _from_delta(base: Described, shipped: Path, folder: Path) -> Path:

@@ -53,7 +53,9 @@ class SlowWeights(_Average):
     """Momentum-based weight interpolation: s ← m s + (1 − m) w after every `every` steps, s started at the base.
 
     The run trains the fast weights w as always and ends with the slow ones: no pass and no gradient more. Of a delta
-    whose numbers are factors, the factors are averaged (our reading). Source: Stojanovski et al. 2022 (P405).
+    whose numbers are factors, the factors are averaged (our reading). Our reading: a stream of tasks is a chain of runs,
+    so that at each new task the fast weights start from the slow ones; the paper's train on.
+    Source: Stojanovski et al. 2022 (P405).
     """
 
     def __init__(self, momentum: float = 0.99, every: int = 1) -> None:
@@ -78,7 +80,8 @@ class PeriodicStock(_Average):
 
     A branch takes `every` steps; the second starts again where the first did and sees the records that follow, with the
     optimiser's moments going on (our reading, as one process has it). Each tensor is merged about its value at the start
-    of the run. A period that the run's end cuts short is merged as it stands. Source: Jang et al. 2024 (P017).
+    of the run. A run that ends within a second branch merges it as it stands; one that ends within a first branch, or
+    with it, ends with that branch, unmerged. Source: Jang et al. 2024 (P017).
     """
 
     def __init__(self, every: int) -> None:
@@ -97,6 +100,8 @@ class PeriodicStock(_Average):
         elif event == "step" and step % (2 * self.every) == self.every:
             self._keep("branch", now)
             self.ship(loop, self._part("centre"))
+        elif event == "end" and step % (2 * self.every) == self.every:  # the second branch has made no step
+            self.ship(loop, self._part("branch"))
         elif (event == "step" and step % (2 * self.every) == 0) or (event == "end" and self._part("branch")):
             merged = self.merged(now)
             self.ship(loop, merged)

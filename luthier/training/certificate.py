@@ -14,7 +14,7 @@ from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training.checkpoint import random_states, set_random_states
 from luthier.training.loop import Loop
-from luthier.training.machine import Machine
+from luthier.training.machine import Machine, flat
 
 HARMLESS = (
     "audit.",
@@ -41,17 +41,9 @@ def versions() -> dict[str, str | int]:
     }
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else key).items()}
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{path}.{i}").items()}
-    return {path: value}
-
-
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings by path that are not the same in two plans: path -> (old, new)."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if a.get(k) != b.get(k)}
 
 
@@ -75,12 +67,14 @@ def same_settings(plan: Plan, state: dict[str, Any], data: Any, machine: Machine
 
 
 def _peek(loop: Loop, batches: Any) -> tuple[list[str], float]:
-    """The next batch's records and its loss, leaving data position, random state and gradients as they were."""
-    position, states = batches.state_dict(), random_states()
+    """The next batch's records and its loss, leaving data position, step, random state and gradients as they were."""
+    position, states, step = batches.state_dict(), random_states(), loop.handle.ctx.step
     batch = next(batches)
+    loop.handle.ctx.step = loop.progress.step  # of the step that is next; some forms compute by it
     with torch.no_grad(), loop.machine.precision.context(loop.machine.device):
         total, count = loop.objective(loop.view(loop.machine.to_device(batch)))
     loop.machine.reshard()
+    loop.handle.ctx.step = step
     batches.load_state_dict(position)
     set_random_states(states)
     return list(batch["where"]), float(total) / max(float(count), 1e-30)

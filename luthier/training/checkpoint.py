@@ -21,6 +21,7 @@ from torch import Tensor
 from luthier.attach import Attached
 from luthier.attach.edits import assign
 from luthier.attach.weights import gathered
+from luthier.delta.folder import UNWRITABLE, unwritten
 from luthier.errors import LuthierError
 from luthier.training.groups import Optimiser
 
@@ -140,11 +141,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             os.close(fd)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(new, final)
-    except (OSError, SafetensorError) as e:
+    except UNWRITABLE as e:
         shutil.rmtree(new, ignore_errors=True)
         have = latest(folder)
         where = f"the one at {have} is whole" if have else "there is no earlier one"
-        raise LuthierError(f"cannot write checkpoint {final} ({e}): free some space; {where}") from e
+        raise unwritten(f"checkpoint {final}", e, where) from e
     for old in all_of(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -136,7 +136,7 @@ class Events:
                 self.best_tensors = {k: v for k, v in tensors.items() if not k.startswith("optimiser|")}
         else:
             state.stale += 1
-        if train.early_stop and state.stale >= train.early_stop:
+        if train.early_stop and state.stale >= train.early_stop and state.step < loop.steps:
             state.stopped = f"early: no better evaluation loss in {state.stale} evaluations"
 
     def _log(self, loop: Loop, row: dict[str, float]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +83,3 @@ def make_optimiser(
         kept = {id(p): old.torch.state[p] for p in old.names.values() if p in old.torch.state}
         optimiser.torch.state.update({p: kept[id(p)] for p in names.values() if id(p) in kept})
     return optimiser
-
-
-def report(handle: Attached) -> list[dict[str, Any]]:
-    """Per piece: name and how many numbers train."""
-    return [{"name": k, "numbers": sum(p.numel() for _, p in rows)} for k, rows in handle.trained().items()]

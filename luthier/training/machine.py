@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -176,12 +176,22 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Settings in tables and lists of tables, by path: 'train.lr', 'delta.0.rank'."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path}.{key}" if path else key).items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{path}.{i}").items()}
+    return {path: value}
+
+
 def make_accelerator(
-    fsdp: bool, device: torch.device, report_to: list[str], out: Path, config: Mapping[str, Any] | None = None
+    fsdp: bool, device: torch.device, report_to: list[str], out: Path, config: dict[str, Any] | None = None
 ) -> Accelerator:
     """The accelerator of this process, with its trackers; the world size is checked against the launcher's.
 
-    config: what the trackers are told of the run (its plan); tables are flattened to 'train.lr', lists to text.
+    config: what the trackers are told of the run (its plan); tables are flattened to 'train.lr' and 'delta.0.rank', other
+    lists to text.
     accelerate has no FSDP for CPUs and silently takes DDP instead, so the distributed type is set after construction.
     """
     world = launched()
@@ -198,17 +208,8 @@ def make_accelerator(
         cpu=cpu, log_with=list(report_to) or None, project_dir=str(out / "logs") if report_to else None
     )
     if report_to:
-
-        def flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-            out: dict[str, Any] = {}
-            for key, value in table.items():
-                if isinstance(value, Mapping):
-                    out |= flat(value, f"{before}{key}.")
-                else:
-                    out[before + key] = value if isinstance(value, bool | int | float | str) else str(value)
-            return out
-
-        accelerator.init_trackers("luthier", config=flat(config) if config else None)
+        told = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat(config or {}).items()}
+        accelerator.init_trackers("luthier", config=told or None)
     if accelerator.num_processes != world:
         raise LuthierError(
             f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}: "

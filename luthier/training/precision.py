@@ -58,6 +58,11 @@ def precision_of(plan: Plan, bf16_hardware: bool) -> tuple[Precision, BaseSpec]:
         raise LuthierError(
             "base.dtype: float16 cannot train parameters of the base without scaling the loss: use bfloat16"
         )
+    if stated == "float16" and asked == "fp32":
+        raise LuthierError(
+            "base.dtype: float16 would have the run computed in float16, where gradients vanish without scaling the loss: "
+            "use bfloat16 or float32, or state train.precision: bf16"
+        )
     if asked == "fp32" and stated == "bfloat16":
         raise LuthierError("train.precision: fp32 and base.dtype: bfloat16 contradict each other: state one of them")
     note = None

@@ -64,8 +64,8 @@ class Training:
             self.base.model.eval()
             self.events.finish(self.loop)
         finally:
+            self.fitted.remove()
             self.events.close(self.loop)
-        self.fitted.remove()
         self.record["peak_memory"] = peak_memory(self.machine.device)
         return progress
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from luthier.attach import Above, Attached
 from luthier.attach.assembly import switch
 from luthier.delta.artefact import Delta
 from luthier.delta.folder import free_for_files
 from luthier.delta.wiring import Wiring, is_assembly
 from luthier.errors import LuthierError
 from luthier.measuring.audit import audit as measure
+from luthier.measuring.items import Switch
 from luthier.measuring.report import write_report
 from luthier.plan import Plan
 from luthier.plan.measuring import load_measuring
@@ -72,7 +74,7 @@ def audit(
         else read.base.model_copy(update={"name": found.base.get("name") or read.base.name})
     )
     model, base = load_all(folder) if is_assembly(folder) else load_all(base_spec, [folder])
-    result = measure(base, switch(model), spec, data=read.data, seed=read.train.seed, progress=progress)
+    result = measure(base, _switch(model), spec, data=read.data, seed=read.train.seed, progress=progress)
     report = {
         "plan": read.model_dump(mode="json", by_alias=True),
         "base": {"name": found.base.get("name"), "fingerprint": found.base.get("fingerprint")},
@@ -81,6 +83,14 @@ def audit(
     }
     write_report(place, report)
     return Audited(place, report)
+
+
+def _switch(model: Any) -> Switch:
+    """Hides the delta and leaves on what it was trained on top of, as its own run measured it."""
+    found = switch(model)
+    if not isinstance(found, Attached):
+        return found
+    return Above(found, frozenset(name for name in found.pieces if name.startswith("parent")))
 
 
 def distrusted(read: P, folder: Path, overrides: Sequence[str]) -> P:

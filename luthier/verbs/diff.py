@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from luthier.algebra.diff import Diff, Extraction
 from luthier.algebra.diff import diff as take
@@ -53,7 +54,7 @@ def diff(
 
 def _probe(found: Diff, base: Checkpoint, out: Path) -> None:
     """Adds probes to the delta in the folder, or a note why there are none."""
-    numbers = sum(_product(base.shapes[n]) for n in base.names)
+    numbers = sum(math.prod(base.shapes[n]) for n in base.names)
     need, there = 12 * numbers, total_memory("cpu")  # the base in float32, what is edited, and the delta
     if need > SHARE * there:
         found.notes.append(f"no probes: they need about {need / 1e9:.0f} GB of memory, there are {there / 1e9:.0f}")
@@ -72,15 +73,11 @@ def _probe(found: Diff, base: Checkpoint, out: Path) -> None:
     delta.seals, delta.base = seals, card
     link = out.with_name(f".{out.name}-{os.getpid()}.safetensors")
     try:
-        os.link(out / "delta.safetensors", link)
+        try:
+            os.link(out / "delta.safetensors", link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(out / "delta.safetensors", link)
         delta.save(out, numbers=link)
     finally:
         link.unlink(missing_ok=True)
     found.delta.probes = delta.probes
-
-
-def _product(shape: Any) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

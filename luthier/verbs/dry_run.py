@@ -40,7 +40,7 @@ class DryRun:
     rows: int
     steps: int
     peak_memory: int
-    """What `cost.peak_memory` of the run's report will say: of the process on a CPU, of the allocator on a GPU."""
+    """What `cost.peak_memory_bytes` of the run's report will say: of the process on a CPU, of the allocator on a GPU."""
     tensors: int
     """The part of it that is weights, gradients, moments and activations."""
     weights: int

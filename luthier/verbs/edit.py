@@ -25,6 +25,7 @@ from luthier.algebra.subject import ModelSubject
 from luthier.attach import attached
 from luthier.attach.weights import oriented
 from luthier.bases.fingerprint import base_tensors
+from luthier.bases.hardware import peak_memory
 from luthier.bridge.proof import prove, refuse, same_base
 from luthier.bridge.target import Target
 from luthier.delta import EDITS
@@ -125,7 +126,7 @@ def edit(
     if learnt:
         delta.files[EDITOR] = save_bytes(learnt)
     prove(delta, on, [r.prompt or r.target for r in records[:3]], spec.seed)
-    cost |= {"numbers": numbers(made), "bytes": delta.nbytes(), "peak_memory_bytes": _peak()}
+    cost |= {"numbers": numbers(made), "bytes": delta.nbytes(), "peak_memory_bytes": peak_memory(on.model.device)}
     result = Edited(delta, folder, None, cost)
     if spec.score is not False:
         result.scorecard = _scored(spec, on, parents, delta, method.task, records, writer, text, cost, progress)
@@ -309,12 +310,3 @@ def _lineage(spec: EditPlan, method: Edit, cut: bool) -> dict[str, Any]:
     stated = spec.model_dump(mode="json", exclude_defaults=True)
     out: dict[str, Any] = {"edit": stated, "parents": list(spec.deltas), "versions": versions()}
     return out | ({"made_by": f"edit {spec.method}"} if cut else {})
-
-
-def _peak() -> float:
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    import resource
-    import sys
-
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

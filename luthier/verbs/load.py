@@ -11,7 +11,7 @@ from typing import Any
 from luthier.attach import Attached, attached
 from luthier.bases.fingerprint import fingerprint_template
 from luthier.bases.load import load_base
-from luthier.bridge.folding import MAX_LOST, folded, untie
+from luthier.bridge.folding import MAX_LOST, folded, retie, untie
 from luthier.bridge.peft import from_peft
 from luthier.bridge.proof import holds, probes_hold, prove, refuse, same_base
 from luthier.bridge.target import Target, target
@@ -81,11 +81,24 @@ def load_all(
         if check and len(ready) == 1:
             _checked(delta, handle, on, name)
     if fold and ready:
-        untie(on, ready)
-        folded(attached(on.model), max_lost)
-        if check and len(ready) == 1:
-            refuse([probes_hold(ready[0], on)], names[0])
+        _fold(on, ready, names[0] if check and len(ready) == 1 else "", max_lost)
     return on.model, on
+
+
+def _fold(on: Target, ready: Sequence[Delta], checked: str, max_lost: float) -> None:
+    """Folds all that is attached; where that fails, the model is without the deltas and tied as it was. checked: the name
+    of the one delta whose probes must hold afterwards."""
+    handle, undo = attached(on.model), untie(on, ready)
+    try:
+        folded(handle, max_lost)
+        if checked:
+            refuse([probes_hold(ready[0], on)], checked)
+    except BaseException:
+        handle.unfold()
+        retie(on, undo)
+        for delta in reversed(ready):
+            delta.detach(on.model)
+        raise
 
 
 def _assembly(base: Any, deltas: Any, fold: bool, check: bool, device: str | None, fields: Any) -> tuple[Any, Target]:

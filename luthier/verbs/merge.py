@@ -153,7 +153,7 @@ def _write(
         ordered = [by_name[name] for name in file.order]
         said: list[dict[str, float]] = []
         try:
-            looked = measure(ordered, sources)
+            looked = measure(ordered, sources, seed=plan.seed)
             run(ordered, sources, file.write, seed=plan.seed, measured=looked, progress=progress, notes=said)
             file.close()
         finally:
@@ -259,7 +259,10 @@ def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: 
         if method.cls.searches:
             spec = _spec(plan)
             each = _searched(
-                plan, method, ready.jobs, lambda tried: _attached_score(ready.make(tried), on, spec, plan, deltas)
+                plan,
+                method,
+                ready.jobs,
+                lambda tried: _attached_score(ready.make(tried, empty=True), on, spec, plan, deltas),
             )
         delta = prove(ready.make(each or None, progress), on)
     delta.lineage |= {

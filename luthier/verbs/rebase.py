@@ -20,7 +20,7 @@ from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 from luthier.measuring.cost import Watch
 from luthier.measuring.gate import asked_of, flipped_of
-from luthier.measuring.rebase import RULE, Replies, Way, ask, choose, paired, weigh
+from luthier.measuring.rebase import RULE, Replies, Way, ask, choose, one_unit, paired, weigh
 from luthier.measuring.report import plain
 from luthier.measuring.sources import Prepared
 from luthier.plan.measuring import limits, load_measuring
@@ -100,6 +100,7 @@ class _Rebase:
         bare = sides.open(self.onto)
         checks = asked_of(old, bare, plan.audit, plan.data, plan.train.seed)
         self.here = [check for _, check in checks]
+        one_unit(self.here)
         with Watch() as made:
             ported = self._ported(spec, old.base, bare.base)
         before = ask(old, [check for check, _ in checks], plan.audit, self.progress)

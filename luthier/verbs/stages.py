@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luthier.delta.folder import refuse_existing
 from luthier.delta.header import read_header
 from luthier.errors import LuthierError
+from luthier.measuring.report import replace_text
 from luthier.plan.stages import Stage, load_stages, references, resolved
 from luthier.training.lock import locked
 
@@ -46,31 +48,32 @@ def run_stages(
     """Runs the stages of a chain into `out`/<name>. Gives a Chain.
 
     resume: stages that are done with the same settings, on stages that did not change, are passed over, and a run that
-    was cut short goes on from its checkpoint. Errors: whatever the plan or a stage refuses, with the stage's name; a folder that holds a chain already.
+    was cut short goes on from its checkpoint. Errors: whatever the plan or a stage refuses, with the stage's name; a folder
+    that holds a chain already; a stage's folder that this chain did not write.
     """
     stages = load_stages(source, overrides)
     folder = Path(out)
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(folder) if first else nullcontext():
-        done = _record(folder)
-        if done and not resume:
+        held = _record(folder)
+        if any("seconds" in row for row in held.values()) and not resume:
             raise LuthierError(f"{folder} holds a chain already: add --resume to go on, or choose another --out")
+        for stage in stages if first else ():
+            if stage.name not in held:
+                refuse_existing(folder / stage.name)
+        rows = _still_good(stages, held)
+        kept = set(rows)
         chain = Chain(folder)
         folders: dict[str, Path] = {}
-        fresh: set[str] = set()
-        first_run = [s.name for s in stages if s.verb == "tune"][:1]
         for stage in stages:
             settings = resolved(stage.settings, folders)
             folders[stage.name] = folder / stage.name
-            row = {"name": stage.name, "verb": stage.verb, "settings": stage.settings}
-            old = done.get(stage.name)
-            stands_on = {*references(stage.settings), *(first_run if stage.verb == "audit" else ())}
-            if old and {k: old[k] for k in row} == row and not stands_on & fresh:
-                chain.stages.append(old)
+            if stage.name in kept:
                 continue
-            if old:
+            if "seconds" in held.get(stage.name, {}):
                 shutil.rmtree(folders[stage.name], ignore_errors=True)
-            fresh.add(stage.name)
+            rows[stage.name] = _row(stage)
+            _write(folder, stages, rows, held)
             say(f"stage {stage.name}: {stage.verb}")
             began = time.perf_counter()
             result = _run(stage, settings, stages, folders, resume, progress)
@@ -79,11 +82,30 @@ def run_stages(
                 break
             report = dict(getattr(result, "report", None) or {})
             verdict = (report.get("audit") or {}).get("verdict")
-            row |= {"seconds": round(time.perf_counter() - began, 2), "verdict": (verdict or {}).get("line")}
+            seconds = round(time.perf_counter() - began, 2)
+            rows[stage.name] |= {"seconds": seconds, "verdict": (verdict or {}).get("line")}
             chain.report = report or chain.report
-            chain.stages.append(row)
-            _write(folder, chain.stages)
+            _write(folder, stages, rows, held)
+        chain.stages = [rows[s.name] for s in stages if "seconds" in rows.get(s.name, {})]
         return chain
+
+
+def _row(stage: Stage) -> dict[str, Any]:
+    """What decides a stage beside those it stands on; a row without seconds is of one that has begun."""
+    return {"name": stage.name, "verb": stage.verb, "settings": stage.settings}
+
+
+def _still_good(stages: Sequence[Stage], held: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows of stages that are done with the same settings, on stages that are too."""
+    good: dict[str, dict[str, Any]] = {}
+    first_run = [s.name for s in stages if s.verb == "tune"][:1]
+    for stage in stages:
+        row = _row(stage)
+        old = held.get(stage.name, {})
+        stands_on = {*references(stage.settings), *(first_run if stage.verb == "audit" else ())}
+        if "seconds" in old and {k: old[k] for k in row} == row and stands_on <= set(good):
+            good[stage.name] = old
+    return good
 
 
 def _run(
@@ -143,7 +165,11 @@ def _record(folder: Path) -> dict[str, dict[str, Any]]:
         raise LuthierError(f"{path} is not what a chain writes ({e}): remove it, or choose another --out") from e
 
 
-def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    part = folder / f".{RECORD}"
-    part.write_text(json.dumps(rows, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(part, folder / RECORD)
+def _write(
+    folder: Path, stages: Sequence[Stage], rows: Mapping[str, dict[str, Any]], held: Mapping[str, dict[str, Any]]
+) -> None:
+    """The rows, in the chain's order; of stages still to be run again, that their folders are the chain's own."""
+    begun = {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in held.items()}
+    told = [(rows.get(s.name) or begun.get(s.name)) for s in stages]
+    text = json.dumps([row for row in told if row], indent=1, ensure_ascii=False, default=str) + "\n"
+    replace_text(folder / RECORD, text)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from luthier.attach import Attached
+from luthier.attach import Above
 from luthier.attach.weights import module_at
 from luthier.bases.fingerprint import base_tensors
 from luthier.bridge.target import logits_of
@@ -136,7 +136,7 @@ def _finish(training: Training, folder: Path, checks: Sequence[Prepared]) -> Run
     delta.save(folder)
     found = Audit()
     if plan.audit.enabled and not training.machine.sharded:
-        switch = _Without(handle, training.pieces.parents)
+        switch = Above(handle, training.pieces.parents)
         found = audit(base, switch, plan.audit, data=plan.data, seed=plan.train.seed, checks=checks)
     elif plan.audit.enabled:
         base.notes.append("not measured: the model is sharded; run 'luthier audit' on the delta")
@@ -147,17 +147,6 @@ def _finish(training: Training, folder: Path, checks: Sequence[Prepared]) -> Run
     if plan.push_to:
         push(folder, plan.push_to)
     return Run(delta, folder, report, training.loop.progress.stopped)
-
-
-@dataclass
-class _Without:
-    """Switches off what this run added, and nothing below it."""
-
-    handle: Attached
-    parents: frozenset[str]
-
-    def off(self) -> AbstractContextManager[Any]:
-        return self.handle.off(keep=self.parents)
 
 
 def _probes(training: Training) -> dict[str, Tensor]:
@@ -178,10 +167,10 @@ def _probes(training: Training) -> dict[str, Tensor]:
 
 
 def _changes(training: Training) -> Iterator[Change]:
-    """Every site's change, for the norms; a form without a weight change says so."""
-    handle, model = training.handle, training.base.model
+    """Every site's change by this run, for the norms; a form without a weight change says so."""
+    handle, model, parents = training.handle, training.base.model, training.pieces.parents
     for name, placed in handle.placed.items():
-        for q in placed:
+        for q in placed if name not in parents else ():
             site = q.state.site
             weight = getattr(module_at(model, site.name), site.parameter, None) if site.name else None
             base = weight.detach() if isinstance(weight, Tensor) else None
@@ -192,7 +181,7 @@ def _changes(training: Training) -> Iterator[Change]:
             else:
                 yield Change(f"{name}:{site.name}", site.role, site.layer, change["weight"].detach() * q.scale, base)
     for name, table in handle.edits.items():
-        for key, edit in table.items():
+        for key, edit in table.items() if name not in parents else ():
             site = training.pieces.sites[key]
             yield Change(
                 f"{name}:{key}",

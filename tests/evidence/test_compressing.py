@@ -215,6 +215,9 @@ def test_p343_pela(place: Path, tmp_path: Path) -> None:
         own = next(p for p in delta.pieces if p.name == "pela")
         drift[name] = float(sum((own.p[k]["B"] @ own.p[k]["A"]).norm() for k in own.sites))
     assert drift["plain"] != drift["tuned"], "the stage between trains the factors"
+    saved(tiny("gpt2"), tmp_path / "gpt2")
+    other = compress(tmp_path / "gpt2", method="pela", out=tmp_path / "f").delta.pieces
+    assert [p.form.matrices for p in (piece, other[0])] == [7, 4], "the penalty is averaged over what a layer has"
 
 
 SPARSE = ["embed", "attn.o", "ffn.down"]

@@ -144,7 +144,14 @@ def test_p402_sweeps_places() -> None:
     s, asked = subject("llama"), requests(2)
     with s.working():
         found = EDITS.make("locft", {"sweep": True, "epochs": 20, "lr": 1e-2, "price": 0.1}).edit(s, asked)
-        assert len(found) == 1 and next(iter(found)).rpartition(".")[0].endswith(("down_proj", "up_proj"))
+        names = [name.removesuffix(".weight") for name in found]
+        assert len(names) == 7 or len(names) == 1 and names[0].endswith(("down_proj", "up_proj"))
+        short: dict[str, Any] = {"epochs": 2, "lr": 1e-2}
+        whole = EDITS.make("locft", short | {"sweep": True, "roles": ["layer"]}).edit(s, asked)
+        (layer,) = {s.on.items[name].layer for name in whole}
+        assert set(whole) == {key(site) for site in s.sites(["linear"], [layer])} and len(whole) == 7
+        stated = EDITS.make("locft", short | {"role": "layer", "layer": layer}).edit(s, asked)
+        assert all(torch.equal(stated[name], value) for name, value in whole.items())  # pyright: ignore
 
 
 def test_p351_antidote() -> None:

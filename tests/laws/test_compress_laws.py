@@ -112,6 +112,16 @@ def test_ternary_keeps_the_largest(size: tuple[int, int, int], density: float) -
     assert torch.allclose(back[kept].abs(), change.std().expand(int(kept.sum())))
 
 
+@given(SIZES, st.integers(1, 9))
+@QUICK
+def test_ternary_keeps_no_entry_that_is_zero(size: tuple[int, int, int], few: int) -> None:
+    change = drawn(*size).flatten()
+    change[few:] = 0
+    change = change.view(size[0], size[1])
+    made, back = small("compeft", change, density=1.0)
+    assert torch.equal(back != 0, change != 0) and len(made.fixed["index"]) == int(change.count_nonzero())
+
+
 @given(SIZES, st.integers(1, 8), st.sampled_from([8, 32, 128]))
 @QUICK
 def test_two_of_four_within_half_a_step(size: tuple[int, int, int], bits: int, group: int) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from luthier.delta import MERGES, Stack
+from luthier.errors import LuthierError
 from luthier.parts import trims
 from luthier.parts.draws import Coin
 from luthier.parts.trims import band, kth, spans
@@ -67,6 +68,17 @@ def test_lines_single_task(seed: int, gamma: float, layer: int) -> None:
     assert close(merge("lines", base, [model], alpha=1.0, beta=0.0, layer=layer, layers=5), model)
     assert torch.equal(merge("lines", base, [model], alpha=0.0, beta=1.0, layer=0, layers=5), base)
     assert close(merge("lines", base, [model], alpha=0.0, beta=1.0, layer=4, layers=5), model)
+    assert torch.equal(merge("lines", base, [model], alpha=gamma, layer=layer, layers=5), out), "β is 1 − α by default"
+    norms = {"w": MERGES.make("lines", {}).measure(Stack("w", [model], base, {"weight": [1.0]}))}
+    assert close(merge("lines", base, [model], measured=norms, layer=layer, layers=5), model)
+
+
+def test_lines_takes_as_many_models_as_the_merge_it_names() -> None:
+    base, models = drawn(0, 2)
+    with pytest.raises(LuthierError, match="'slerp' takes 1 models, got 2 at w"):
+        merge("lines", base, models, of="slerp", alpha=1.0)
+    with pytest.raises(LuthierError, match="'model_stock' takes at least 2 models, got 1 at w"):
+        merge("lines", base, models[:1], of="model_stock", alpha=1.0)
 
 
 ORDERLESS = ["linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "multislerp", "karcher", "sce"]
@@ -121,6 +133,19 @@ def test_no_change_gives_the_base(method: str, seed: int) -> None:
 
 
 @FEW
+@given(seed=SEEDS, place=st.integers(0, 2), kind=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_multislerp_where_a_model_has_changed_nothing(seed: int, place: int, kind: torch.dtype) -> None:
+    base, models = drawn(seed, 3)
+    base, models = base.to(kind), [m.to(kind) for m in models]
+    assert torch.equal(merge("multislerp", base, [base.clone()] * 3), base)
+    zero = torch.zeros_like(base)
+    assert torch.equal(merge("multislerp", None, [zero, zero, zero]), zero)
+    models[place] = base.clone()
+    out = merge("multislerp", base, models)
+    assert torch.isfinite(out).all() and not torch.equal(out, base)
+
+
+@FEW
 @given(seed=SEEDS, factor=st.floats(-2, 2, width=32))
 def test_task_arithmetic_scales(seed: int, factor: float) -> None:
     base, models = drawn(seed, 2)
@@ -142,6 +167,25 @@ def test_model_stock_between_base_and_mean(seed: int) -> None:
     assert torch.allclose(
         merge("model_stock", base, models), t * (models[0] + models[1]) / 2 + (1 - t) * base, atol=1e-6
     )
+
+
+@FEW
+@given(seed=SEEDS, size=st.sampled_from([1, 1e-3, 1e-6, 1e-9, 1e-12]), rows=st.booleans())
+def test_model_stock_of_changes_of_any_size(seed: int, size: float, rows: bool) -> None:
+    _, (change,) = drawn(seed, 1)
+    change = change * size
+    same = merge("model_stock", torch.zeros_like(change), [change, change.clone()], filter_wise=rows)
+    assert torch.allclose(same, change, rtol=1e-4, atol=0), "equal models give t = 1"
+    half = change.bfloat16()
+    same = merge("model_stock", torch.zeros_like(half), [half, half.clone()], filter_wise=rows)
+    assert torch.allclose(same, half, rtol=2e-2, atol=0), "in 16 bits too"
+
+
+def test_della_of_a_single_number() -> None:
+    base, model = torch.tensor(1.0), torch.tensor(3.0)
+    for seed in range(20):
+        out = merge("della", base, [model], {"density": [0.5]}, seed=seed)
+        assert out.shape == () and float(out) in (1.0, 3.0)
 
 
 @FEW

@@ -418,7 +418,15 @@ def test_a_temperature_is_a_number(heat: str, here: Path, capsys: Any) -> None:
 def test_places_that_are_taken(out: str, here: Path, capsys: Any) -> None:
     said = refused(here, capsys, "tune", "plan.yaml", "-q", "-o", out)
     assert "choose another --out" in said
-    arguments = ("audit", "delta", "--plan", "plan.yaml", "audit.target=[good.jsonl]", "-o", out.replace("base", "delta"))
+    arguments = (
+        "audit",
+        "delta",
+        "--plan",
+        "plan.yaml",
+        "audit.target=[good.jsonl]",
+        "-o",
+        out.replace("base", "delta"),
+    )
     assert "choose another --out" in refused(here, capsys, *arguments)  # before anything is measured
 
 

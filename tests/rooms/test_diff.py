@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,17 @@ def test_without_a_tokenizer_there_are_no_probes_and_it_says_so(tmp_path: Path) 
     base, tuned, _ = pair(tmp_path, everything, words=False)
     found = diff(base, tuned, out=tmp_path / "d")
     assert "no probes" in found.notes[0] and Delta.load(tmp_path / "d").seals
+
+
+def test_probes_come_without_hard_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    base, tuned, _ = pair(tmp_path, everything)
+    monkeypatch.setattr("os.link", refused)
+    before = set(tmp_path.iterdir())
+    diff(base, tuned, out=tmp_path / "d")
+    assert Delta.load(tmp_path / "d").probes and set(tmp_path.iterdir()) == before | {tmp_path / "d"}
 
 
 def test_the_tuned_models_template_travels(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.algebra.edit_records import Asked, Writer, read_records, request
+from luthier.algebra.edit_records import Asked, Record, Writer, read_records, request
 from luthier.attach import attached
 from luthier.attach.sites import sites_for
 from luthier.bases.roles import Roles
@@ -269,6 +269,26 @@ def test_anchors_align_token_by_token() -> None:
     assert [q.aligned[n] >= 0 for n in inside] == [True, False, False, False, False, False]
     assert all(have == key[0] for key, have in pairs.items() if key[0] not in "B<"), "the rest is itself"
     assert words.decode([q.generic.ids[q.aligned[-1]]]) == "</s>"
+
+
+@pytest.mark.parametrize("prompt", ["Say:", ""])
+def test_a_generic_text_aligns_behind_a_term_of_another_length(prompt: str) -> None:
+    """Equal runs of tokens answer to each other, the first token of a term to that of its replacement, the end to the end."""
+    words = tiny_tokenizer()
+    writer = Writer(target(tiny("llama"), words), "none")
+    q = request(Record("r", prompt, "Hi, Bob went home.", generic="Hi, a farmer went home."), writer)
+    assert q.generic is not None
+    ours, theirs = words.decode(q.new.ids), words.decode(q.generic.ids)
+    answer = {n: q.aligned[n] for n in range(max(q.new.start, 1), len(q.new.ids))}
+    at = ours.index("Bob")
+    for n, m in answer.items():
+        letter = "</s>" if n >= len(ours.removesuffix("</s>")) else ours[n]
+        if at < n < at + 3:
+            assert m == -1, "no label inside of the term"
+        elif n == at:
+            assert m == theirs.index("a farmer")
+        else:
+            assert words.decode([q.generic.ids[m]]) == letter and m - n == (5 if n > at else 0)
 
 
 def test_practice_records_speak_of_people_apart() -> None:

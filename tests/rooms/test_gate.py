@@ -24,8 +24,8 @@ from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.measuring import stats
 from luthier.measuring.calibration import calibration, sure_answers
-from luthier.measuring.gate import line
-from luthier.measuring.gate_page import render, rows
+from luthier.measuring.gate import _one_tongue, line
+from luthier.measuring.gate_page import render, rows, write_gate
 from luthier.measuring.items import Item
 from luthier.sampling.verifiers import get_verifier, must_refuse, refuses
 from luthier.verbs import gate
@@ -89,6 +89,23 @@ def test_more_noisy_items_shrink_the_interval_as_promised() -> None:
     assert found.verdict == "underpowered" and found.needed is not None
     assert 0.04 / (sd / math.sqrt(found.needed)) == pytest.approx(1.959964 + 0.841621, rel=1e-2)
     assert found.detectable == pytest.approx((1.959964 + 0.841621) * sd / math.sqrt(n), rel=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(60, 57), (59, 56), (57, 54)])
+def test_a_loss_of_just_the_limit_is_one_verdict_whatever_it_rounds_to(before: int, after: int) -> None:
+    change = after / 60 - before / 60
+    found = line(
+        "loss",
+        "c",
+        "share",
+        60,
+        before / 60,
+        after / 60,
+        interval(change - 0.06, change, change + 0.06),
+        -0.05,
+        "least",
+    )
+    assert found.verdict == "underpowered"
 
 
 def test_no_tolerance_can_never_be_shown() -> None:
@@ -309,6 +326,34 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and said in error[0], error
     assert {p.name for p in tmp_path.iterdir()} == {"empty"}
+
+
+def test_one_rendering_serves_only_where_text_becomes_the_same_tokens() -> None:
+    from tokenizers.normalizers import Lowercase
+
+    def side(change: Any = lambda _: None) -> Any:
+        words = tiny_tokenizer()
+        change(words)
+        return SimpleNamespace(base=SimpleNamespace(tokenizer=words))
+
+    lower = side(lambda words: setattr(words.backend_tokenizer, "normalizer", Lowercase()))
+    assert lower.base.tokenizer.get_vocab() == side().base.tokenizer.get_vocab()
+    assert _one_tongue(side(), side()) and not _one_tongue(side(), lower)
+    assert not _one_tongue(side(), side(lambda words: setattr(words, "chat_template", "{{ messages }}")))
+
+
+def test_one_answered_item_has_its_page(tmp_path: Path) -> None:
+    sure = calibration([0.9], [1.0], [0.6], [0.0])
+    row = line("calibration", "all answers", "share", 1, 0.1, 0.6, sure.ece["change"], 0.05, "most")
+    found = {
+        "verdict": "fail", "why": "broken", "old": {"name": "a"}, "new": {"name": "b"}, "limits": {},
+        "lines": [vars(row)], "flipped": [], "calibration": sure.to_dict(),
+    }  # fmt: skip
+    paths = write_gate(tmp_path / "one", found)
+    assert all(p.exists() for p in paths) and "0.100 [?, ?]" in paths[1].read_text(encoding="utf-8")
+    with pytest.raises(KeyError):
+        write_gate(tmp_path / "half", {k: v for k, v in found.items() if k != "why"})
+    assert not (tmp_path / "half").exists(), "no file without the other"
 
 
 def test_a_page_escapes_what_models_say() -> None:

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.attach import Above, attached
+from luthier.attach.sites import parameter_items
+from luthier.bases.roles import Roles
+from luthier.delta import FORMS
 from luthier.errors import LuthierError
 from luthier.measuring import forward
 from luthier.measuring.audit import audit
@@ -168,6 +172,13 @@ def test_all_right_after_all_wrong_is_a_gain_with_a_width():
     assert found.difference.value == 1.0 and 0.8 < found.difference.low < 1.0
 
 
+def test_answers_of_which_none_changed_leave_room_for_what_so_few_cannot_show():
+    items = [Item(str(n), "q", "a", {"answer": "a"}) for n in range(40)]
+    texts = "a" * 25 + "b" * 15
+    found = compare("t", "guard", Metric("mine", "answer", verify=verify), items, answered(texts), answered(texts))
+    assert found.difference.value == 0 and 0.08 < found.difference.high == -found.difference.low < 0.1
+
+
 @pytest.mark.parametrize(("reward", "told"), [(1.5, "between 0 and 1"), (math.nan, "between 0 and 1")])
 def test_a_reward_out_of_bounds_is_an_error(reward, told):
     metric = Metric("mine", "answer", verify=lambda record, response: reward)
@@ -263,6 +274,25 @@ def test_audit_whole(monkeypatch, tmp_path):
     other = base_of(model)
     other.fingerprint = "another"
     assert not any(c.cached for c in audit(other, switch, spec).target)
+
+
+def test_answers_of_a_base_that_its_fingerprint_does_not_say_are_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr("luthier.measuring.audit.prepare_checks", lambda *_: checks())
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
+    spec = AuditSpec(drift_tokens=0, resamples=100)
+    for drawn in ("new_rows", "new_parameters", "fresh"):
+        model = tiny("llama")
+        base = base_of(model)
+        setattr(base, drawn, ("a",))
+        audit(base, Swap(model, 0.8), spec)
+    model = tiny("llama")
+    handle = attached(model)
+    site = next(s for s in parameter_items(Roles(model), model).values() if s.role == "attn.q")
+    handle.add(handle.build("parent0-lora", FORMS.make("lora", {"rank": 2}), [site]))
+    audit(base_of(model), Above(handle, frozenset({"parent0-lora"})), spec)
+    assert not list(tmp_path.rglob("*.json"))
+    audit(base_of(model), handle, spec)
+    assert len(list(tmp_path.rglob("*.json"))) == 2
 
 
 def test_audit_of_an_unchanged_model_claims_nothing(monkeypatch):

@@ -17,6 +17,7 @@ from luthier.measuring.protocol import (
     Plan,
     Spread,
     equal_budgets,
+    gentlest,
     judge,
     needed,
     paired,
@@ -130,6 +131,15 @@ def test_tuning_that_differs_is_refused_and_an_open_edge_is_told():
     assert equal_budgets(ARMS) == [] and Arm("tie", {2.0: 1.0, 1.0: 1.0, 3.0: 0.0}).best() == 1.0
 
 
+def test_the_gentlest_setting_that_is_not_shown_to_be_worse_is_taken():
+    best, two_less, far = np.ones(200), np.ones(200), np.ones(200)
+    two_less[:2], far[:40] = 0, 0
+    assert gentlest({1e-3: best, 3e-4: two_less, 1e-4: far}) == 3e-4
+    assert gentlest({1e-3: best, 1e-4: far}) == 1e-3 and gentlest({2.0: best, 1.0: best}) == 1.0
+    taken = Arm("full", {1e-4: 0.8, 3e-4: 0.99, 1e-3: 1.0}, 3e-4)
+    assert taken.best() == 3e-4 and not taken.at_edge()
+
+
 def test_less_than_planned_is_refused():
     with pytest.raises(LuthierError, match="planned 5 seeds and 100 items, got 4 and 100"):
         judge(Plan(0.05, 5, 100, Spread(0, 0.1, 0.1)), Paired(0.1, 0.01, 0.08, 0.12, 4, 100))
@@ -151,8 +161,35 @@ def test_scores_that_do_not_pair(a, b, told):
 def test_no_difference_at_all():
     found = paired(np.ones((3, 5)), np.ones((3, 5)))
     assert (found.effect, found.low, found.high, found.errors) == (0, 0, 0, 0)
-    assert Plan(0.05, 3, 5, spread(np.ones((3, 5)), np.ones((3, 5)))).power() == 1.0
+    still = spread(np.ones((3, 5)), np.ones((3, 5)))
+    assert Plan(0.05, 3, 5, still).power() < 0.1 and Plan(0.05, 3, 400, still).power() > 0.99
     assert judge(Plan(0.05, 3, 5, Spread(0, 0, 0)), found).verdict == "underpowered"
+    assert (
+        judge(Plan(0.05, 3, 5, Spread(0, 0, 0), sign=0), found).verdict == "underpowered"
+    )  # five items exclude little
+    many = paired(np.ones((3, 400)), np.ones((3, 400)))
+    assert judge(Plan(0.05, 3, 400, Spread(0, 0, 0), sign=0), many).verdict == "reproduced"
+
+
+def test_a_few_differing_answers_of_many_prove_nothing():
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(200):
+        d = np.zeros((5, 200))
+        d.flat[rng.choice(d.size, 4, replace=False)] = rng.choice([-1.0, 1.0], 4)
+        found = paired(np.zeros_like(d), d, resamples=200)
+        wrong += found.low > 0 or found.high < 0
+    assert wrong / 200 <= 0.1
+    one = np.zeros((5, 210))
+    one[0, 0] = -1.0
+    assert (
+        judge(Plan(0.05, 5, 210, Spread(0.01, 0.1, 0.1), sign=-1), paired(np.zeros_like(one), one)).verdict
+        != "reproduced"
+    )
+
+
+def test_an_effect_smaller_than_what_matters_is_told_to_be():
+    got = judge(Plan(0.3, 5, 100, Spread(0.01, 0.1, 0.1)), Paired(0.2, 0.02, 0.16, 0.24, 5, 100))
+    assert got.verdict == "reproduced" and "less than the 0.3 that matters" in got.reason
 
 
 @pytest.mark.parametrize("bad", [{"effect": 0}, {"effect": float("nan")}, {"sign": 2}, {"seeds": 1}, {"items": 1}])

@@ -32,9 +32,10 @@ from luthier.bridge.hf import export_hf
 from luthier.bridge.proof import prove
 from luthier.bridge.target import Target, logits_of, target
 from luthier.cli import main
-from luthier.delta import FORMS
+from luthier.delta import FORMS, Stack
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
+from luthier.merging.lines import LiNeS
 from luthier.plan.merge import Where, load_merge, resolve
 from luthier.verbs.merge import bytes_of, merge
 from tests.tiny import tiny, tiny_ids, tiny_tokenizer
@@ -365,6 +366,78 @@ def test_a_search_asks_for_scores_and_never_ends_below_its_best(deltas: dict[str
         merge({k: v for k, v in plan.items() if k != "evaluate"}, out=tmp_path / "none")
 
 
+def test_a_grid_may_hold_the_base(deltas: dict[str, Path], tmp_path: Path) -> None:
+    """Weights of 0 alone are scored as the base's, and are an error only where nothing is better."""
+    records = tmp_path / "r.jsonl"
+    records.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("hello there", "good day to you")))
+    check = {"target": [{"source": {"path": str(records)}, "metric": "loss"}], "items": 2}
+    plan = {"method": "deme", "models": [str(deltas["x"]), str(deltas["z"])], "evaluate": check}
+    asked: list[bool] = []
+
+    def scored(delta: Any, *args: Any) -> float:
+        delta.apply(args[0].model)
+        delta.detach(args[0].model)
+        asked.append(not delta.pieces)
+        return float(len(delta.pieces))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["luthier.verbs.merge"], "_attached_score", scored)
+        made = merge(plan | {"lowest": 0.0, "points": 2}, out=tmp_path / "d")
+    assert asked == [True, False, False, False] and sum(made.each["weight"]) > 0
+    with pytest.raises(LuthierError, match="equals the base"):
+        merge(plan | {"lowest": 0.0, "highest": 0.0, "points": 1}, out=tmp_path / "none")
+
+
+def test_factors_are_merged_and_the_rest_is_averaged(deltas: dict[str, Path], tmp_path: Path) -> None:
+    base, folders = on_disk(deltas["base"]), []
+    for seed in (1, 2):
+        parts = [
+            delta_on(base, tmp_path / f"{name}{seed}", 10 * seed + len(name), form, sites, **settings)
+            for name, form, sites, settings in (
+                ("l", "lora", ["attn.q"], {"rank": 2}),
+                ("ff", "sparse", ["ffn.down"], {}),
+            )
+        ]
+        folders.append(str(prove(Delta.load(parts[0]) + Delta.load(parts[1]), base).save(tmp_path / f"both{seed}")))
+    merge({"method": "robust_merge", "models": folders}, out=tmp_path / "m")
+    merge({"method": "linear", "models": folders, "output": "checkpoint"}, out=tmp_path / "mean")
+    found, mean, model = Delta.load(tmp_path / "m"), tensors(tmp_path / "mean"), on_disk(deltas["base"]).model
+    assert [FORMS.name_of(type(p.form)) for p in found.pieces] == ["lora", "dense"]
+    found.apply(model)
+    got = {n: p.detach() for n, p in model.named_parameters()}
+    for name in (n for n in got if "down_proj" in n):
+        assert torch.equal(got[name], mean[name]) and not torch.equal(got[name], tensors(deltas["base"])[name])
+    clash = Delta.load(Path(folders[0])) + Delta.load(delta_on(base, tmp_path / "q", 9, "sparse", ["attn.q"]))
+    prove(clash, base).save(tmp_path / "clash")
+    with pytest.raises(
+        LuthierError, match=r"robust_merge merges LoRA deltas: at .*q_proj.weight, piece '.*' is of form"
+    ):
+        merge({"method": "robust_merge", "models": [str(tmp_path / "clash"), folders[1]]}, out=tmp_path / "no")
+
+
+@pytest.mark.parametrize("output", ["checkpoint", "delta"])
+def test_the_first_pass_draws_what_the_second_draws(
+    output: str, deltas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: dict[str, dict[str, int]] = {"measure": {}, "merge": {}}
+
+    def spied(what: str) -> None:
+        plain = getattr(LiNeS, what)
+
+        def spy(self: LiNeS, t: Stack) -> Any:
+            assert t.generator is not None
+            seeds[what][t.name] = t.generator.initial_seed()
+            return plain(self, t)
+
+        monkeypatch.setattr(LiNeS, what, spy)
+
+    spied("measure")
+    spied("merge")
+    plan = {"method": "lines", "of": "dare_linear", "density": 0.5, "seed": 3, "output": output}
+    merge(plan | {"models": [str(deltas["x"]), str(deltas["z"])]}, out=tmp_path / "m")
+    assert seeds["measure"] and seeds["measure"] == seeds["merge"]
+
+
 def test_the_fingerprint_is_read_off_the_files(shelf: dict[str, Path]) -> None:
     source = open_source(str(shelf["tied"]))
     assert isinstance(source, Checkpoint)
@@ -587,6 +660,11 @@ def test_notes_on_parameters_without_effect(shelf: dict[str, Path], tmp_path: Pa
     made = merge(plan, out=tmp_path / "m")
     assert [n for n in made.notes if "int8_mask" in n] and [n for n in made.notes if "density" in n]
     assert "int8_mask" in (tmp_path / "m" / "README.md").read_text()
+    lines = {"method": "lines", "models": [str(shelf["a"])], "base": str(shelf["base"]), "gamma": 0.5, "weight": 0.5}
+    notes = merge(lines, out=tmp_path / "lines").notes
+    assert [n for n in notes if "no use for 'gamma'" in n] and not [n for n in notes if "weight" in n]
+    notes = merge(lines | {"of": "breadcrumbs"}, out=tmp_path / "crumbs").notes
+    assert not [n for n in notes if "gamma" in n]
 
 
 # -- files and memory

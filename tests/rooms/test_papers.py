@@ -154,6 +154,28 @@ def test_recipe_names_its_paper_and_practice_families(recipe):
             assert set(source.path.removeprefix("practice:").split(",")) <= set(families())
 
 
+def test_no_search_chooses_by_the_records_it_is_reported_on():
+    from luthier.data.read import read
+    from luthier.plan.schema import AuditSpec
+
+    def seen(spec):
+        for row in spec.target:
+            yield from (r.fields["id"] for r in read(row.source.model_copy(update={"limit": spec.items})))
+
+    searching = 0
+    for recipe in RECIPES:
+        plan = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        stages = load_stages(plan) if "stages" in plan else []
+        audits = [
+            {k: v for k, v in s.settings.items() if k in AuditSpec.model_fields} for s in stages if s.verb == "audit"
+        ]
+        reported = {id for audit in audits for id in seen(AuditSpec.model_validate(audit))}
+        for chosen in [s.settings["evaluate"] for s in stages if s.verb == "merge" and "evaluate" in s.settings]:
+            searching += 1
+            assert reported.isdisjoint(seen(AuditSpec.model_validate(chosen))), recipe.stem
+    assert searching == 3
+
+
 @cache
 def sources() -> str:
     """Digest of everything that decides what a recipe does here: this test, the package, the libraries below it."""
@@ -222,4 +244,7 @@ def shorten(stage: dict) -> None:
         if audit:
             audit |= {"items": 2, "drift_tokens": 0, "samples": 0}
             for key in {"target", "guards", "shifted"} & set(audit):
-                audit[key] = [{"source": {"path": path, "split": "test"}, "max_new_tokens": 4} for path in audit[key]]
+                rows = [
+                    row["source"] if isinstance(row, dict) else {"path": row, "split": "test"} for row in audit[key]
+                ]
+                audit[key] = [{"source": source, "max_new_tokens": 4} for source in rows]

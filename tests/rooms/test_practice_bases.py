@@ -131,6 +131,9 @@ def test_a_grown_base_is_built_from_its_parent(home, words):
     held, told = load_base("practice/l"), json.loads((folder / "training.json").read_text())
     assert held.model.config.hidden_size == 64 and held.model.config.num_hidden_layers == 3
     assert told["parent"] == "s" and told["parent_fingerprint"] == load_base("practice/s").fingerprint
+    assert bases.build(base, items=0) == folder
+    with pytest.raises(LuthierError, match="holds another l, with other tokenizer:"):
+        bases.build(replace(base, tokenizer="other"), items=0)
     changed = home / "m-v2"
     assert bases.build(replace(tiny("m-v2"), parent="s"), items=0, stop_at=1) is None
     bases.build(replace(tiny("s", marks=0, seed=1)), home / "new", items=0)
@@ -138,6 +141,10 @@ def test_a_grown_base_is_built_from_its_parent(home, words):
     with pytest.raises(LuthierError, match="told.parent_fingerprint"):
         bases.build(replace(tiny("m-v2"), parent="s"), items=0)
     assert not (changed / "config.json").exists()
+    with pytest.raises(LuthierError, match="holds another l, with other parent_fingerprint:"):
+        bases.build(base, items=0)
+    (home / "s" / "config.json").unlink()
+    assert bases.build(base, items=0) == folder, "the parent is not at hand"
 
 
 def test_a_built_base_is_put_into_the_package_with_its_card(home, monkeypatch, capsys):

@@ -217,7 +217,8 @@ def test_what_cannot_be_tried_is_told(bases: tuple[Path, Path], plan: dict[str, 
 @pytest.mark.parametrize(
     ("case", "said"),
     [("full", "not empty"), ("other", "num|layer|hidden|size|architecture|differ"), ("no plan", "holds no plan"),
-     ("no target", "names no target"), ("delta", "is a delta"), ("missing", "nowhere")],
+     ("no target", "names no target"), ("delta", "is a delta"), ("missing", "nowhere"),
+     ("two units", "words are scored by the share right, target by a loss")],
 )  # fmt: skip
 def test_bad_input_leaves_nothing_behind(
     case: str, said: str, delta: Path, bases: tuple[Path, Path], plan: dict[str, Any], tmp_path: Path
@@ -232,6 +233,10 @@ def test_bad_input_leaves_nothing_behind(
         given = None
     elif case == "no target":
         given = {**plan, "audit": {**plan["audit"], "target": []}}
+    elif case == "two units":
+        own = plan["audit"]["target"]
+        words = {**own[0], "name": "words", "metric": "exact"}
+        given = {**plan, "audit": {**plan["audit"], "target": [*own, words]}}
     elif case == "delta":
         onto = str(delta)
     elif case == "missing":

@@ -121,6 +121,22 @@ def test_a_whole_delta_holds(form: str, base: Path, tmp_path: Path) -> None:
     assert {"file", "norms", "base", "tokenizer", "template", "tensors", "seals", "probes"} <= names
 
 
+def test_a_fold_that_is_refused_leaves_the_callers_model_as_it_was() -> None:
+    model = tiny(tie_word_embeddings=True).to(torch.bfloat16)
+    on = target(model, tiny_tokenizer())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kind = FORMS.make("lora", {"rank": 2})
+    piece = attached(model).build("lora", kind, sites_for(on.roles, kind, ["embed", "attn.q"]))
+    attached(model).detach()
+    for numbers in piece.p.values():
+        numbers["B"] = numbers["B"] + 1e-4
+    with pytest.raises(LuthierError, match="folding loses"):
+        load(model, [prove(Delta([piece]), on)], fold=True, check=False, max_lost=0.0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    after = dict(model.named_parameters())
+    assert set(after) == set(before) and all(torch.equal(after[n], before[n]) for n in before)
+
+
 def test_truncated_file(copy: Path, base: Path) -> None:
     path = copy / "delta.safetensors"
     path.write_bytes(path.read_bytes()[:-8])

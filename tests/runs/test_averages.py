@@ -20,9 +20,11 @@ SLOW = "luthier.training.averages:SlowWeights(momentum=0.75, every=2)"
 STOCK = "luthier.training.averages:PeriodicStock(every=3)"
 
 
-def watched(world: World, out: Path, delta: Any, callback: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+def watched(
+    world: World, out: Path, delta: Any, callback: str, steps: int = 12
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """The trained numbers before step one and as every step left them before the callback, and those at the end."""
-    training = build(world.plan(delta, train={"callbacks": [callback]}), out, progress=False)
+    training = build(world.plan(delta, train={"callbacks": [callback], "steps": steps}), out, progress=False)
     names = training.loop.optimiser.names
     copy = lambda: {k: p.detach().clone() for k, p in names.items()}  # noqa: E731
     seen, last = [copy()], training.loop.optimiser.torch.step
@@ -62,6 +64,17 @@ def test_periods_merge_two_branches_of_one_point(delta: Any, world: World, tmp_p
     for name, start in seen[0].items():
         last = merge.merge(Stack(name, [seen[9][name], seen[12][name]], start))
         assert torch.allclose(end[name], last, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 9])
+def test_periods_that_end_early_keep_what_was_trained(steps: int, world: World, tmp_path: Path) -> None:
+    seen, end = watched(world, tmp_path, LORA, STOCK, steps)
+    for name, start in seen[0].items():
+        last = seen[-1][name]
+        if steps == 5:  # within the second branch
+            last = MERGES.make("model_stock", {}).merge(Stack(name, [seen[3][name], last], start))
+        assert torch.allclose(end[name], last, atol=1e-7)
+    assert any(not torch.equal(end[name], start) for name, start in seen[0].items())
 
 
 @pytest.mark.parametrize("callback", [SLOW, STOCK])

@@ -12,7 +12,7 @@ import torch
 
 from luthier.delta import OBJECTIVES
 from luthier.errors import LuthierError
-from luthier.training import checkpoint
+from luthier.training import checkpoint, events
 from luthier.training.run import Training, build
 from luthier.training.view import View
 from tests.runs.support import World, assert_same, run
@@ -54,6 +54,17 @@ def test_non_finite_gradient_stops(world: World, tmp_path: Path) -> None:
         training.train()
 
 
+def test_a_run_that_fails_leaves_the_base_its_own_forward(world: World, tmp_path: Path) -> None:
+    training = build(world.plan(LORA), tmp_path, progress=False)
+    assert training.fitted.fused["norms"] and training.fitted.selector is not None
+    poisoned(training, {2})
+    with pytest.raises(LuthierError, match="step 2"):
+        training.train()
+    assert not [m for m in training.base.model.modules() if "forward" in m.__dict__]
+    ids = torch.tensor([[3, 4, 5]])
+    assert training.base.model(input_ids=ids).logits.shape[1] == 3
+
+
 def test_skipping_counts_and_goes_on(world: World, tmp_path: Path) -> None:
     training = build(world.plan(LORA, train={"non_finite": "skip"}), tmp_path, progress=False)
     poisoned(training, {3, 8})
@@ -70,6 +81,17 @@ def test_too_many_skips_stop(world: World, tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match="step 6"):
         training.train()
     assert training.loop.progress.skipped == 3
+
+
+@pytest.mark.parametrize(("steps", "stopped"), [(3, False), (4, False), (5, True)])
+def test_a_run_of_all_its_steps_was_not_stopped_early(
+    steps: int, stopped: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is best at step 2 and evaluated again at 3, by the run's end, or at 4."""
+    monkeypatch.setattr(events, "evaluate", lambda loop, batches: float(loop.progress.step))
+    train = {"steps": steps, "eval_every": 2, "early_stop": 1}
+    end = run(world.plan(LORA, data={"holdout": 8}, train=train), tmp_path)
+    assert bool(end.stopped) == stopped and len(end.evals) == 2 and len(end.curve) == min(steps, 4)
 
 
 # -- rehearsal

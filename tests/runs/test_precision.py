@@ -110,7 +110,13 @@ def test_what_is_resolved_from_plan_and_hardware() -> None:
     assert resolved(False, precision="bf16") == ("fp32", "float32", None, True)
     assert resolved(False, dtype="bfloat16", precision="bf16") == ("bf16", "bfloat16", None, False)
     assert resolved(True, dtype="float32", precision="bf16") == ("bf16", "float32", "bfloat16", False)
-    for bad in ({"dtype": "bfloat16", "precision": "fp32"}, {"dtype": "float16", "delta": FULL}):
+    assert resolved(True, dtype="float16", precision="bf16") == ("bf16", "float16", "bfloat16", False)
+    for bad in (
+        {"dtype": "bfloat16", "precision": "fp32"},
+        {"dtype": "float16", "delta": FULL},
+        {"dtype": "float16"},
+        {"dtype": "float16", "precision": "fp32"},
+    ):
         with pytest.raises(LuthierError, match="dtype"):
             resolved(True, **bad)
 

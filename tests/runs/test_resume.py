@@ -58,6 +58,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bf16 full": ({"choice": "full"}, {"train": {"precision": "bf16"}}),
     "bf16 lisa": ({"choice": "lisa", "every": 3, "layers_active": 1}, {"train": {"precision": "bf16"}}),
     "bf16 entries": ({"choice": "top-gradient", "fraction": 0.02}, {"train": {"precision": "bf16"}}),
+    "pat, which counts steps": (
+        [{"form": "pat", "rank": 2, "keep": 0.75, "steps": 12, "sites": ["attn.o", "ffn.down"]}],
+        {},
+    ),
     "sgd": (DROPOUT, {"train": {"optimiser": "sgd"}}),
 }
 

@@ -48,6 +48,26 @@ def test_a_chain_runs_hands_on_and_resumes(tmp_path: Path) -> None:
     assert rows[1]["seconds"] != done.stages[1]["seconds"], "a stage that stands on a changed one did not run again"
 
 
+def test_what_does_not_stand_on_a_changed_stage_stays_done_whatever_is_cut_short(tmp_path: Path) -> None:
+    chain = {"stages": [{"name": name, "tune": RUN} for name in ("one", "two")]}
+    run_stages(chain, out=tmp_path, progress=False)
+    stamp = (tmp_path / "two" / "delta.json").stat().st_mtime_ns
+    run_stages(chain, out=tmp_path, progress=False, resume=True, overrides=["one.train.lr=2e-3"])
+    with pytest.raises(LuthierError, match="stage 'one'"):  # begun anew, and broken off before it wrote anything
+        run_stages(chain, out=tmp_path, progress=False, resume=True, overrides=["one.base=nowhere"])
+    last = run_stages(chain, out=tmp_path, progress=False, resume=True)
+    assert [row["name"] for row in last.stages] == ["one", "two"]
+    assert (tmp_path / "two" / "delta.json").stat().st_mtime_ns == stamp, "a stage that was done ran again"
+
+
+def test_a_folder_that_the_chain_did_not_write_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "notes.txt").write_text("mine")
+    with pytest.raises(LuthierError, match="second is there and not empty"):
+        run_stages(CHAIN, out=tmp_path, progress=False)
+    assert (tmp_path / "second" / "notes.txt").exists() and not (tmp_path / "stages.json").exists()
+
+
 def test_overrides_reach_one_stage_or_all_of_a_verb() -> None:
     stages = load_stages(CHAIN, ["tune.train.steps=3", "second.train.lr=1e-4"])
     assert [s.settings["train"]["steps"] for s in stages[:2]] == [3, 3]

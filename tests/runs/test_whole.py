@@ -146,6 +146,7 @@ def plan_of(kind: Kind, base: Path, records: str, folder: Path) -> dict[str, Any
         "train": {"steps": 3, "batch_size": 4, "lr": 3e-2, "precision": "fp32"},
         "audit": {
             "target": [{"source": records, "max_new_tokens": 4}],
+            "guards": [{"name": "text", "source": records, "metric": "loss"}] if kind.parent else [],
             "items": 6,
             "resamples": 100,
             "drift_tokens": 64 if kind.base.get("kind", "causal") == "causal" else 0,
@@ -176,6 +177,7 @@ def test_the_run_says_what_it_did(made: Made) -> None:
     report = json.loads((made.out / "report.json").read_text(encoding="utf-8"))
     own = [q for q in made.run.delta.pieces if not q.name.startswith("parent")]
     assert report["delta"]["moved"] == sum(q.count() for q in own) > 0
+    assert report["norms"] and not any(row["site"].startswith("parent") for row in report["norms"])
     assert report["proof"]["seals"]["ok"] and report["audit"]["target"]
     assert (made.out / "report.html").stat().st_size > 1000 and made.run.verdict
 
@@ -282,9 +284,10 @@ def test_a_peft_adapter_of_it(made: Made, tmp_path: Path) -> None:
 def test_it_can_be_measured_again(made: Made, tmp_path: Path) -> None:
     """The numbers are those of the report that the run wrote."""
     again = luthier.audit(made.out, out=tmp_path / "audit")
-    (check,) = again.report["audit"]["target"]
-    (first,) = made.run.report["audit"]["target"]
-    assert {k: check[k] for k in ("before", "after")} == {k: first[k] for k in ("before", "after")}
+    found, wrote = ([*r["audit"]["target"], *r["audit"]["guards"]] for r in (again.report, made.run.report))
+    assert [{k: c[k] for k in ("before", "after")} for c in found] == [
+        {k: c[k] for k in ("before", "after")} for c in wrote
+    ]
     assert (tmp_path / "audit" / "report.html").exists()
 
 
