@@ -21,7 +21,7 @@ from luthier.bases.fingerprint import Fingerprint, FullHash
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.delta import FORMS, Site
 from luthier.delta.artefact import Delta, Piece
-from luthier.delta.folder import refuse_existing
+from luthier.delta.folder import UNWRITABLE, refuse_existing
 from luthier.delta.form import Form
 from luthier.delta.seals import project, project_rows, seal, turned
 from luthier.delta.stream import TensorStream
@@ -226,8 +226,10 @@ def diff(base: Checkpoint, tuned: Checkpoint, out: str | os.PathLike[str], how: 
         }
         delta = Delta(pieces, card, lineage, seals=maker.seals, files=files)
         delta.save(out, numbers=temporary)
-    except OSError as e:
-        raise LuthierError(f"cannot write the delta to {out}: {e.strerror or e}; nothing was left behind") from e
+    except UNWRITABLE as e:
+        raise LuthierError(
+            f"cannot write the delta to {out}: {getattr(e, 'strerror', None) or e}; nothing was left behind"
+        ) from e
     finally:
         stream.drop()
         with contextlib.suppress(FileNotFoundError):

@@ -21,6 +21,7 @@ from luthier.attach.sites import sites_of
 from luthier.attach.weights import oriented
 from luthier.bridge.target import Target
 from luthier.delta import Site
+from luthier.delta.folder import UNWRITABLE
 from luthier.editing.engine import Hook, Seen, Subject, Text, Weights, key
 from luthier.errors import LuthierError
 from luthier.measuring.forward import vocabulary_of
@@ -201,7 +202,7 @@ def _keep(path: Path, moment: Tensor) -> None:
             os.replace(part, path)
         finally:
             Path(part).unlink(missing_ok=True)
-    except OSError as e:
+    except UNWRITABLE as e:
         raise LuthierError(
-            f"cannot write the cache in {path.parent} ({e.strerror}): set LUTHIER_CACHE elsewhere"
+            f"cannot write the cache in {path.parent} ({getattr(e, 'strerror', None) or e}): set LUTHIER_CACHE elsewhere"
         ) from e

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from luthier.algebra.tensors import NAMES, buffer_of
-from luthier.delta.folder import refuse_existing
+from luthier.delta.folder import UNWRITABLE, refuse_existing
 from luthier.delta.stream import fsync
 from luthier.errors import LuthierError
 
@@ -188,8 +188,10 @@ def new_folder(folder: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
         os.replace(new, folder)
         if sync:
             fsync(folder.parent)
-    except OSError as e:
-        raise LuthierError(f"cannot write {folder}: {e.strerror or e}; nothing was left behind") from e
+    except UNWRITABLE as e:
+        raise LuthierError(
+            f"cannot write {folder}: {getattr(e, 'strerror', None) or e}; nothing was left behind"
+        ) from e
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)

@@ -295,7 +295,7 @@ class Attached:
                 module._modules.pop(CHILD, None)
             self._hook.remove()
             for n, q in self.model.named_parameters():
-                q.requires_grad_(self._flags[n])
+                q.requires_grad_(self._flags.get(n, q.requires_grad))  # an untied head is new here
             self.model.__dict__.pop(HANDLE, None)
 
     # -- reading

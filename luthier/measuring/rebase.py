@@ -82,6 +82,8 @@ def weigh(
     options: dict[str, Any] = {"resamples": spec.resamples, "seed": seed}
     values, weights = target_values(checks, new)
     bare, _ = target_values(checks, base)
+    shares = all(check.metric.unit == "share" for check in checks if check.kind == "target")
+    own, apart = ((0.0, 1.0), (-1.0, 1.0)) if shares else (None, None)
     quiet = limits.model_copy(update={"max_calibration_loss": None, "max_drift": None, "max_negative_flips": None})
     kept = [a for a in paired(checks, old, new) if a.check.kind != "target"]
     guards = verdict(kept, None, spec, quiet, seed).lines if kept else []
@@ -92,8 +94,8 @@ def weigh(
     )
     return Way(
         name, how,
-        stats.bootstrap(values, weights=weights, **options),
-        stats.bootstrap(values - bare, weights=weights, **options),
+        stats.bootstrap(values, weights=weights, bounds=own, **options),
+        stats.bootstrap(values - bare, weights=weights, bounds=apart, **options),
         guards, all(line.verdict != "fail" for line in guards), flips, made + new.seconds,
     )  # fmt: skip
 

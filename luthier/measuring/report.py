@@ -25,8 +25,9 @@ def write_report(folder: str | Path, data: Mapping[str, Any]) -> tuple[Path, Pat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     json_path, html_path = folder / "report.json", folder / "report.html"
+    shown = render(clean)
     replace_text(json_path, json.dumps(clean, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    replace_text(html_path, render(clean))
+    replace_text(html_path, shown)
     return json_path, html_path
 
 

@@ -16,8 +16,8 @@ class Precision:
     """Types of a run.
 
     fp32: everything in float32. bf16: forms alone on a frozen base hold the base in bfloat16 and compute in it, without
-    autocast; where base parameters themselves move, the base is held in the checkpoint's own type, what moves in
-    float32, and autocast computes in bfloat16. Trained numbers, their gradients and optimiser moments are float32 always; losses are summed in float32.
+    autocast; where base parameters themselves move, the base is held in the checkpoint's own type (float32 on a CPU), what
+    moves in float32, and autocast computes in bfloat16. Trained numbers, their gradients and optimiser moments are float32 always; losses are summed in float32.
     """
 
     name: str

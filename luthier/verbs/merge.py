@@ -342,7 +342,10 @@ def _spec(plan: MergePlan) -> Any:
 
 
 def _score(found: Any) -> float:
-    """Mean of the targets, higher is better."""
+    """Mean of the targets, higher is better. Raises LuthierError where some are shares and others losses."""
+    shares = {c.unit == "share" for c in found.target}
+    if len(shares) > 1:
+        raise LuthierError("evaluate.target: some are scored by the share right, others by a loss: state one kind")
     values = [c.after.value if c.better == "higher" else -c.after.value for c in found.target]
     return sum(values) / len(values)
 

@@ -137,6 +137,19 @@ def test_a_fold_that_is_refused_leaves_the_callers_model_as_it_was() -> None:
     assert set(after) == set(before) and all(torch.equal(after[n], before[n]) for n in before)
 
 
+def test_what_was_folded_into_a_model_whose_head_came_apart_is_taken_off() -> None:
+    model = tiny(tie_word_embeddings=True)
+    on = target(model, tiny_tokenizer())
+    kind = FORMS.make("lora", {"rank": 2})
+    piece = attached(model).build("lora", kind, sites_for(on.roles, kind, ["embed"]))
+    attached(model).detach()
+    for numbers in piece.p.values():
+        numbers["B"] = numbers["B"] + 0.1
+    load(model, [prove(Delta([piece]), on)], fold=True, check=False)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    attached(model).detach()
+
+
 def test_truncated_file(copy: Path, base: Path) -> None:
     path = copy / "delta.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
