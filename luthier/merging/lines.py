@@ -60,27 +60,31 @@ class LiNeS(Merge):
 
     def measure(self, t: Stack) -> tuple[float, float]:
         """(‖Σ τᵢ‖₁, ‖τ‖₁) of this tensor."""
-        return sizes(t, self._inner(t))
-
-    def _inner(self, t: Stack) -> Tensor:
-        inner, count = self.inner, len(t.tensors)
-        if wanted := inner.wants(count):
-            raise LuthierError(
-                f"lines: '{self.of}' takes {wanted} models, got {count} at {t.name}: name another merge (of)"
-            )
-        return inner.merge(replace(t, each={k: t.each[k] for k in inner.each}))
+        return sizes(t, _change(self.of, self.inner, t))
 
     def factor(self, t: Stack) -> float:
         """What the change of this tensor is multiplied by."""
-        alpha = self.alpha
-        if alpha is None:
-            norms = list(t.measured.values())
-            summed, apart = sum(n[0] for n in norms), sum(n[1] for n in norms)
-            alpha = (summed / apart if apart else 1.0) / len(t.tensors)
+        alpha = _share(t) if self.alpha is None else self.alpha
         beta = (1 - alpha if len(t.tensors) == 1 else 1.0) if self.beta is None else self.beta
         return alpha if t.layer is None or t.layers < 2 else alpha + beta * t.layer / (t.layers - 1)
 
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None
-        merged, factor = self._inner(t), self.factor(t)
+        merged, factor = _change(self.of, self.inner, t), self.factor(t)
         return merged if factor == 1 else t.base + (merged - t.base).mul_(factor)
+
+
+def _change(name: str, inner: Merge, t: Stack) -> Tensor:
+    """What the inner merge makes of this tensor. Raises LuthierError where it takes another number of models."""
+    if wanted := inner.wants(len(t.tensors)):
+        raise LuthierError(
+            f"lines: '{name}' takes {wanted} models, got {len(t.tensors)} at {t.name}: name another merge (of)"
+        )
+    return inner.merge(replace(t, each={k: t.each[k] for k in inner.each}))
+
+
+def _share(t: Stack) -> float:
+    """‖Σ τᵢ‖₁ / ‖τ‖₁ / N over the whole model; 1 / N where nothing changed."""
+    norms = list(t.measured.values())
+    summed, apart = sum(n[0] for n in norms), sum(n[1] for n in norms)
+    return (summed / apart if apart else 1.0) / len(t.tensors)

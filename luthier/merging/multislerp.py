@@ -39,17 +39,14 @@ class MultiSLERP(Merge):
         weights = torch.tensor(t.each["weight"], dtype=dtype)
         if self.normalize_weights:
             weights = weights / divisor(t, weights, "normalize_weights")
-
-        def change(i: int, a: int, b: int) -> Tensor:
-            return flat[i][a:b] if origin is None else flat[i][a:b] - origin[a:b]
-
-        norms = torch.stack([length(partial(change, i), n, dtype) for i in range(len(flat))])
+        changes = [partial(_change, x, origin) for x in flat]
+        norms = torch.stack([length(change, n, dtype) for change in changes])
         if not norms.any():  # nobody changed this tensor
             return (t.tensors[0] if t.base is None else t.base).clone()
         sizes = torch.where(norms > 0, norms, 1) + self.eps
 
         def units(a: int, b: int) -> list[Tensor]:
-            return [change(i, a, b) / sizes[i] for i in range(len(flat))]
+            return [change(a, b) / size for change, size in zip(changes, sizes, strict=True)]
 
         reach = length(lambda a, b: _mixed(units(a, b), weights), n, dtype)
         if reach < self.eps and len(flat) > 2:
@@ -57,7 +54,7 @@ class MultiSLERP(Merge):
         out = t.blank().view(-1)
         if reach < self.eps:
             for a, b in spans(n):
-                out[a:b] = change(0, a, b) * weights[0] + change(1, a, b) * weights[1]
+                out[a:b] = changes[0](a, b) * weights[0] + changes[1](a, b) * weights[1]
         else:
             along = torch.zeros(len(flat), dtype=kind)
             for a, b in spans(n):
@@ -80,6 +77,10 @@ class MultiSLERP(Merge):
         if origin is not None:
             out += origin
         return out.view(t.tensors[0].shape)
+
+
+def _change(x: Tensor, origin: Tensor | None, a: int, b: int) -> Tensor:
+    return x[a:b] if origin is None else x[a:b] - origin[a:b]
 
 
 def _mixed(parts: list[Tensor], weights: Tensor) -> Tensor:
