@@ -36,17 +36,15 @@ class LocFT(Edit):
     each edit to its end before the next.
 
     With `sweep`, every layer × role of `roles` is tried and the best kept: most targets and paraphrases right, less
-    `price` for each nat that general text loses. The role 'layer' is a whole layer: its
-    linear maps together (our reading). Our reading: the authors chose each model's place by such a sweep by hand.
-    Differs: lr 5e-4 and 25 epochs there, for thousands of edits of 8 B models; few edits take few steps an epoch. A whole
-    layer has a tenth of that lr there; here all places have the same.
-    Source: P402, authors' code.
+    `price` for each nat that general text loses. Our reading: the authors chose each model's place by such a sweep by
+    hand. Differs: lr 5e-4 and 25 epochs there, a tenth of that lr for a whole layer, for thousands of edits of 8 B
+    models; few edits take few steps an epoch. Source: P402, authors' code.
     """
 
     layer: int | None = None
     """Which; default at 0.7 of the depth."""
     role: str = "ffn.down"
-    """Which weight of it; 'layer' for all its linear maps."""
+    """Which weight of it; 'layer' for all its linear maps at once (our reading)."""
     lr: float = 2e-3
     batch_size: int = 100
     epochs: int = 100
@@ -63,9 +61,7 @@ class LocFT(Edit):
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         texts = [q.new for q in requests]
         if not self.sweep:
-            layer = layer_at(self.layer, s, 0.7)
-            one = s.sites(["linear"], [layer]) if self.role == "layer" else [one_site(s, self.role, layer)]
-            return dict(self.tuned(s, one, texts))
+            return dict(self.tuned(s, _place(s, self.role, layer_at(self.layer, s, 0.7)), texts))
         places = [place for n in range(s.layers) for role in self.roles for place in _places(s, role, n)]
         tried = (self.tuned(s, place, texts) for place in places)
         general, asked = s.passages(2000), [t for q in requests for t in (q.new, *q.paraphrases)]
@@ -94,6 +90,11 @@ class LocFT(Edit):
                 if sum(losses) / len(order) < self.enough:
                     break
         return {name: value.detach() for name, value in w.items()}
+
+
+def _place(s: Subject, role: str, layer: int) -> list[Site]:
+    """What is tuned without a sweep. Raises LuthierError where the role names more than one weight of the layer."""
+    return s.sites(["linear"], [layer]) if role == "layer" else [one_site(s, role, layer)]
 
 
 def _places(s: Subject, role: str, layer: int) -> list[list[Site]]:
