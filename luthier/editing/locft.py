@@ -35,10 +35,9 @@ class LocFT(Edit):
     below `enough` makes no update, an epoch below it ends the run. Depth first is the earlier custom, kept to compare:
     each edit to its end before the next.
 
-    With `sweep`, every layer × role of `roles` is tried and the best kept: most targets and paraphrases right, less
-    `price` for each nat that general text loses. Our reading: the authors chose each model's place by such a sweep by
-    hand. Differs: lr 5e-4 and 25 epochs there, a tenth of that lr for a whole layer, for thousands of edits of 8 B
-    models; few edits take few steps an epoch. Source: P402, authors' code.
+    With `sweep`, every layer × role of `roles` is tried and the best kept: most targets and paraphrases right, less `price`
+    for each nat that general text loses (our reading: the authors chose by hand). Differs: lr 5e-4 and 25 epochs there, a
+    tenth of that lr for a whole layer, for thousands of edits of 8 B models. Source: P402, authors' code.
     """
 
     layer: int | None = None
