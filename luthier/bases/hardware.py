@@ -159,8 +159,7 @@ def set_malloc(threshold: int = 1 << 20) -> bool:
 def limit_kernels(kernels: int = 128) -> None:
     """Have oneDNN keep so many compiled products, not 1,024; unless the environment states a number.
 
-    It keeps one for every shape, each of them up to 2 MB; those of a step are about 70. A quarter less is held in bfloat16,
-    at no cost of time. It counts in a process that has computed nothing in bfloat16 yet.
+    It keeps one for every shape; those of a step are about 70. It counts in a process that has computed nothing in bfloat16 yet.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kernels))
 

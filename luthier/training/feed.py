@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from luthier.bases.load import Base
 from luthier.data.collate import segment_mask
-from luthier.training.view import Batch
+from luthier.training.view import Batch, block_of
 
 CPU_TOKENS = 512
 """Positions in one forward pass on a CPU, where a larger product is no faster: activations stay small."""
@@ -46,8 +47,8 @@ class Feed:
         return out
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """A batch of the data room, ready, in parts of at most `at_once` positions (but at least one row)."""
-        return [ready(part, self.base, self.dtype) for part in split(batch, self.at_once)]
+        """A batch of the data room, as `micro_batches` gives it."""
+        return micro_batches(batch, self.base, self.dtype, self.at_once)
 
     def state_dict(self) -> dict[str, Any]:
         return self.batches.state_dict()
@@ -61,6 +62,22 @@ def positions_at_once(stated: int | str | None, device: torch.device, sharded: b
     if sharded or stated is None:
         return None
     return stated if isinstance(stated, int) else CPU_TOKENS if device.type == "cpu" else None
+
+
+def micro_batches(batch: Batch, base: Base, dtype: torch.dtype, at_once: int | None) -> list[Batch]:
+    """A batch of the data room, ready, in parts of at most `at_once` positions (but at least one row)."""
+    return [ready(part, base, dtype) for part in split(batch, at_once)]
+
+
+def in_blocks(batch: Batch, block: int) -> Batch:
+    """The batch padded on the right until its positions are a multiple of `block`."""
+    rows, width = batch["input_ids"].shape
+    more = -width % (block // math.gcd(rows, block))
+    if not more or "target_ids" in batch:
+        return batch
+    zero = ("attention_mask", "weights", "segments")
+    last = {n: batch[n][:, -1:].expand(-1, more) for n in ROW_KEYS if n in batch}
+    return batch | {n: torch.cat([batch[n], v * 0 if n in zero else v], 1) for n, v in last.items()}
 
 
 def split(batch: Batch, at_once: int | None) -> list[Batch]:
@@ -102,7 +119,8 @@ def records_of(batch: Batch) -> list[tuple[str, list[int]]]:
 
 
 def ready(batch: Batch, base: Base, dtype: torch.dtype) -> Batch:
-    """Adds what the base's forward needs: the mask of packed records, the decoder's shifted input."""
+    """Adds what the base's forward needs: padding to whole blocks, the mask of packed records, the decoder's shifted input."""
+    batch = in_blocks(batch, block_of(dtype))
     if "segments" in batch:
         batch["mask_4d"] = segment_mask(batch["segments"], dtype)
     if base.kind == "seq2seq":

@@ -32,7 +32,7 @@ from luthier.training.groups import make_optimiser
 from luthier.training.pieces import Pieces
 from luthier.training.precision import Precision
 from luthier.training.run import OBJECTIVE_OF, checkpoint_activations
-from luthier.training.view import Batch, HeadSelector, View
+from luthier.training.view import Batch, HeadSelector, View, block_of
 
 FILLER = 1 << 20
 """Numbers drawn for a weight that a choice wants to look at; a larger one repeats them."""
@@ -148,7 +148,6 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     if not plan.train.compile:
         _as_fast(base)
     without_weights(model, mode, device)
-    faked = [_faked(part, base, mode, device) for part in parts]
     with mode:
         handle = attached(model)
         for k, folder in enumerate(plan.base.deltas):
@@ -161,7 +160,8 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     if plan.train.checkpointing:
         checkpoint_activations(model)
     head = model.get_output_embeddings() if base.kind != "classify" else None
-    selector = HeadSelector(head) if head is not None else None
+    selector = HeadSelector(head, block_of(precision.compute)) if head is not None else None
+    faked = [_faked(part, base, selector, mode, device) for part in parts]
     if selector is not None and base.kind == "causal" and not (plan.train.compile or plan.train.checkpointing):
         Pruner(base.roles, model, selector)
     name = OBJECTIVE_OF.get((plan.objective.name, base.kind), plan.objective.name)
@@ -174,8 +174,7 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     def step() -> None:
         for inputs, supervised in faked:
             view = View(model, inputs, selector, base.kind)
-            if supervised is not None:
-                view.__dict__["_supervised"] = supervised
+            view.__dict__.update(supervised)
             with precision.context(device):
                 loss, count = objective(view)
             (loss + handle.penalty() * count).backward()
@@ -216,10 +215,12 @@ def _as_fast(base: Base) -> None:
         module._parameters[name] = old
 
 
-def _faked(batch: Batch, base: Base, mode: FakeTensorMode, device: torch.device) -> tuple[Batch, Any]:
-    """The batch and its supervised positions as fake tensors: how many there are is read off the real ones."""
-    real = View(base.model, batch, None, base.kind)
-    found = real._supervised if base.kind != "classify" else None
+def _faked(
+    batch: Batch, base: Base, selector: HeadSelector | None, mode: FakeTensorMode, device: torch.device
+) -> tuple[Batch, dict[str, Any]]:
+    """The batch and what a view finds out of its supervised positions, as fake tensors: how many there are is read off the
+    real ones."""
+    real = View(base.model, batch, selector, base.kind)
 
     def fake(value: Tensor) -> Tensor:
         with mode:
@@ -228,7 +229,9 @@ def _faked(batch: Batch, base: Base, mode: FakeTensorMode, device: torch.device)
     inputs = {k: fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
     if "segments" not in batch:  # counted from 0 without being told; told, their values would be looked at
         inputs.pop("position_ids", None)
-    return inputs, None if found is None else tuple(fake(v) for v in found)
+    if base.kind == "classify":
+        return inputs, {}
+    return inputs, {"_supervised": tuple(map(fake, real._supervised)), "_selected": fake(real._selected)}
 
 
 def _draw(pieces: Pieces, mode: FakeTensorMode) -> None:

@@ -31,7 +31,7 @@ from luthier.training.loop import Loop, Progress, train
 from luthier.training.machine import Machine, make_accelerator
 from luthier.training.pieces import Pieces, same_base, score_gradients
 from luthier.training.precision import precision_of
-from luthier.training.view import HeadSelector, View
+from luthier.training.view import HeadSelector, View, block_of
 
 OBJECTIVE_OF = {("sft", "classify"): "classification"}
 """sft on a base of another kind means that base's own loss."""
@@ -138,7 +138,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     data = prepare(plan.data, base.tokenizer, kind=base.kind, labels=plan.base.labels, seed=plan.train.seed)
     _check(plan, data)
     pieces = _attach(plan, base)
-    fitted = _fit(plan, base)
+    fitted = _fit(plan, base, block_of(precision.compute))
     selector = fitted.selector
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
     objective = OBJECTIVES.make(
@@ -233,10 +233,10 @@ class Fitted:
             self.selector.hook.remove()
 
 
-def _fit(plan: Plan, base: Base) -> Fitted:
+def _fit(plan: Plan, base: Base, block: int) -> Fitted:
     """Makes the base's forward pass what the plan wants: recomputed, compiled, or fused and pruned."""
     head = base.model.get_output_embeddings() if base.kind != "classify" else None
-    selector = HeadSelector(head) if head is not None else None
+    selector = HeadSelector(head, block) if head is not None else None
     if plan.train.checkpointing:
         checkpoint_activations(base.model)
     if plan.train.compile:

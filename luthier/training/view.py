@@ -14,15 +14,24 @@ from luthier.errors import LuthierError
 from luthier.parts.logprobs import token_logprobs
 
 Batch = dict[str, Any]
+BLOCK = 32
+
+
+def block_of(dtype: torch.dtype) -> int:
+    """Positions that go together. On a CPU, bfloat16 products of whole blocks share their compiled kernels; any other number
+    of rows has kernels of its own, half a megabyte a product, compiled when it is first seen."""
+    return BLOCK if dtype == torch.bfloat16 else 1
 
 
 class HeadSelector:
     """Lets only chosen positions reach the head: logits that carry no loss are never computed.
 
     A pre-hook on the output embedding, so it holds for every architecture, whatever its forward does around it.
+    Positions are filled up to a multiple of `block` with others, whose logits are cut off again.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, block: int = 1) -> None:
+        self.block = block
         self.index: Tensor | None = None
         self.full_length = 0
         """Positions of the batch, B·T, while selecting."""
@@ -65,6 +74,17 @@ class View:
         index = rows * (weights.shape[1] + shift) + columns
         return index, tokens[rows, columns], weights[rows, columns].float(), rows
 
+    @cached_property
+    def _selected(self) -> Tensor:
+        """Flat positions of the supervised tokens, and after them as many others as fill the last block, where there are."""
+        index = self._supervised[0]
+        if self.selector is None or not (more := -len(index) % self.selector.block):
+            return index
+        free = torch.ones(self.batch["weights"].numel(), dtype=torch.bool, device=index.device).index_fill(
+            0, index, False
+        )
+        return torch.cat([index, free.nonzero()[:more, 0]])
+
     @property
     def weights(self) -> Tensor:
         """[N] loss weight of each supervised token."""
@@ -100,14 +120,14 @@ class View:
         if self.selector is None:
             out = self.model(**self.inputs()).logits
             return out.reshape(-1, out.shape[-1])[index]
-        with self.selector.at(index, self.batch["weights"].numel()):
+        with self.selector.at(self._selected, self.batch["weights"].numel()):
             logits = self.model(**self.inputs()).logits
-        if logits.shape[-2] != len(index):
+        if logits.shape[-2] != len(self._selected):
             raise LuthierError(
-                f"the model gave {logits.shape[-2]} rows of logits for {len(index)} supervised tokens: "
+                f"the model gave {logits.shape[-2]} rows of logits for {len(self._selected)} selected tokens: "
                 "its head is not where get_output_embeddings() says; report this architecture"
             )
-        return logits.reshape(-1, logits.shape[-1])
+        return logits.reshape(-1, logits.shape[-1])[: len(index)]
 
     @cached_property
     def logprobs(self) -> Tensor:

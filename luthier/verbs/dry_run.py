@@ -12,7 +12,7 @@ from luthier.bases.load import load_base
 from luthier.data.prepare import prepare
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
-from luthier.training.feed import positions_at_once, ready, split
+from luthier.training.feed import micro_batches, positions_at_once
 from luthier.training.precision import precision_of
 from luthier.training.predict import predict_step
 from luthier.training.run import steps_of
@@ -71,7 +71,7 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
     sharded = plan.train.fsdp and int(os.environ.get("WORLD_SIZE", "1")) > 1
     batch = data.longest_batch(plan.train.batch_size)
     at_once = positions_at_once(plan.train.tokens_at_once, device, sharded)
-    parts = [ready(part, base, precision.compute) for part in split(batch, at_once)]
+    parts = micro_batches(batch, base, precision.compute, at_once)
     process = resident_memory() + RUNTIME if device.type == "cpu" else 0
     found = predict_step(plan, base, parts, precision, device)
     steps = steps_of(plan, data, int(os.environ.get("WORLD_SIZE", "1")))

@@ -15,6 +15,7 @@ from luthier.attach.sites import sites_for
 from luthier.bases.roles import Roles
 from luthier.delta import FORMS
 from luthier.training.fast import Pruner, slow_down, speed_up
+from luthier.training.feed import in_blocks
 from luthier.training.view import HeadSelector, View
 from tests.contract.conformance import shove
 from tests.tiny import FAMILIES, NATURAL, tiny, tiny_ids
@@ -45,10 +46,10 @@ def batch() -> dict[str, Any]:
     return {"input_ids": ids * mask, "attention_mask": mask, "weights": weights}
 
 
-def learnt(model: nn.Module, selector: HeadSelector | None) -> tuple[float, dict[str, Tensor]]:
+def learnt(model: nn.Module, selector: HeadSelector | None, given: Any = None) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one batch, dropout at rest."""
     model.zero_grad()
-    view = View(model, batch(), selector)
+    view = View(model, given or batch(), selector)
     loss = -(view.logprobs * view.weights).sum()
     loss.backward()
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -94,6 +95,23 @@ def test_the_same_numbers(family: str, moving: Callable[[nn.Module], None], dtyp
     alike(found, grads, CLOSE[dtype])
     assert (done["norms"], done["feed_forwards"]) == FUSED.get(family, (0, 0))
     assert bool(pruner.hooks) == (family not in EXPERTS)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_whole_blocks(family: str) -> None:
+    """Positions, and those that reach the head, filled up to a multiple: the same loss and gradients."""
+    loss, grads = learnt(tiny(family), None)
+    model = tiny(family)
+    selector = HeadSelector(model.get_output_embeddings(), block=8)
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2]))
+    Pruner(Roles(model), model, selector)
+    given = in_blocks(batch() | {"position_ids": torch.arange(11).expand(2, 11)}, 8)
+    assert given["input_ids"].shape == given["weights"].shape == given["position_ids"].shape == (2, 12)
+    assert given["attention_mask"].sum() == batch()["attention_mask"].sum() and seen == []
+    got, found = learnt(model, selector, given)
+    assert seen == [16] and got == pytest.approx(loss, rel=1e-5)  # 9 supervised tokens
+    alike(found, grads, 2e-5)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
