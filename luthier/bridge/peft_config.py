@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,13 @@ READ: dict[str, set[str]] = {
 """PEFT's types that luthier has too -> their fields that are read, or are about the start of training alone."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts that take a part out of the base's own weights."""
+
+
+def named_base(folder: str | os.PathLike[str]) -> str:
+    """The base that an adapter folder names. Raises LuthierError where it names none, or is no adapter that is read here."""
+    if named := read_config(Path(folder)).get("base_model_name_or_path"):
+        return str(named)
+    raise LuthierError(f"{folder}: adapter_config.json names no base: state it (--base)")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

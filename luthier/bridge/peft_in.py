@@ -14,7 +14,7 @@ from torch import Tensor
 
 from luthier.attach.sites import sites_for
 from luthier.attach.weights import read_weight
-from luthier.bridge.peft_config import by_pattern, listed, matched, read_config, saved_module
+from luthier.bridge.peft_config import by_pattern, listed, matched, named_base, read_config, saved_module
 from luthier.bridge.target import Target, target
 from luthier.bridge.weights_file import read_safetensors
 from luthier.delta import FORMS, Form, Site, State
@@ -48,10 +48,7 @@ def from_peft(folder: str | os.PathLike[str], base: Any = None) -> Delta:
     folder = Path(folder)
     config = read_config(folder)
     tensors = read_safetensors(folder / "adapter_model.safetensors")
-    named = config.get("base_model_name_or_path")
-    if base is None and not named:
-        raise LuthierError(f"{folder}: adapter_config.json names no base: state it (--base)")
-    on = target(base if base is not None else named)
+    on = target(base if base is not None else named_base(folder))
     empty = [k for k, t in tensors.items() if t.numel() == 0 or (".lora_A" in k or ".lora_B" in k) and t.dim() < 2]
     if empty:
         raise LuthierError(

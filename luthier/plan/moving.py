@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from luthier.errors import LuthierError, nearest
 from luthier.plan.load import override, read_plan
+from luthier.plan.places import kind_of
 from luthier.plan.problems import first_problem
 from luthier.plan.schema import BaseSpec, Section, SourceSpec
 from luthier.plan.yaml import expand
@@ -81,9 +81,7 @@ def _member(value: Any) -> Any:
     """A name or folder stands for a base, or for a delta on the base that it names."""
     if not isinstance(value, str):
         return value
-    folder = Path(value)
-    is_delta = any((folder / name).exists() for name in ("delta.json", "adapter_config.json"))
-    return {"deltas": [value]} if is_delta else {"base": value}
+    return {"deltas": [value]} if kind_of(value) in ("delta", "adapter") else {"base": value}
 
 
 class PairSpec(Section):

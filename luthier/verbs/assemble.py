@@ -24,6 +24,7 @@ from luthier.delta.wiring import Member, Wiring, read_wiring
 from luthier.errors import LuthierError
 from luthier.moving.engine import Fusion
 from luthier.plan.moving import AssembleSpec, MemberSpec, load_moving
+from luthier.plan.places import kind_of
 from luthier.plan.schema import BaseSpec
 from luthier.verbs.load import load_base_for
 
@@ -192,9 +193,7 @@ class _Loader:
         for path in spec.deltas:
             if not Path(path).exists():
                 raise LuthierError(f"{role}: no delta at {path}: give a delta folder or a PEFT folder")
-        peft = {
-            p: (Path(p) / "adapter_config.json").exists() and not (Path(p) / "delta.json").exists() for p in spec.deltas
-        }
+        peft = {p: kind_of(p) == "adapter" for p in spec.deltas}
         deltas = [None if peft[p] else Delta.load(p) for p in spec.deltas]
         base = spec.base or _named(deltas, spec.deltas, role)
         on = self.target(base, [d for d in deltas if d is not None])

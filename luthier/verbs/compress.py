@@ -20,6 +20,7 @@ from luthier.delta.artefact import Delta
 from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 from luthier.plan.compressing import CompressSpec, load_compressing
+from luthier.plan.places import kind_of
 from luthier.plan.schema import BaseSpec
 from luthier.verbs.load import load_base_for
 
@@ -119,9 +120,8 @@ def _sides(
         )
         stated = spec.base.model_copy(update={"kind": base.kind})
         return base, change, None, load_base_for(stated, [], {}, None) if spec.probes else None
-    adapter = own is None and (Path(spec.delta or "") / "adapter_config.json").exists()
-    if own is None and not adapter:
-        if not (Path(spec.delta or "") / "delta.json").exists():
+    if own is None and (kind := kind_of(spec.delta or "")) != "adapter":
+        if kind != "delta":
             raise LuthierError(
                 f"no delta at {spec.delta}: give a delta folder, a PEFT folder, or a base and a checkpoint"
             )
@@ -140,14 +140,13 @@ def _sides(
 
 
 def _base_of(spec: CompressSpec, own: Delta | None) -> BaseSpec:
-    named = own.base.get("name") if own is not None else None
     if own is None:
-        from luthier.bridge.peft_config import read_config
+        from luthier.bridge.peft_config import named_base
 
-        named = read_config(Path(spec.delta or "")).get("base_model_name_or_path")
-    if not named:
+        return BaseSpec.model_validate({"name": named_base(spec.delta or "")})
+    if not (named := own.base.get("name")):
         raise LuthierError(f"{spec.delta or 'the delta'} names no base: state it (--base)")
-    kind = own.base.get("kind") if own is not None else None
+    kind = own.base.get("kind")
     return BaseSpec.model_validate({"name": named} | ({"kind": kind} if kind else {}))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from luthier.bridge.peft import from_peft
@@ -11,7 +10,6 @@ from luthier.bridge.proof import prove
 from luthier.bridge.target import target
 from luthier.delta.artefact import Delta
 from luthier.delta.folder import refuse_existing
-from luthier.errors import LuthierError
 
 
 def import_(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, base: Any = None) -> Delta:
@@ -21,12 +19,9 @@ def import_(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None =
     """
     if out is not None:
         refuse_existing(out)
-    from luthier.bridge.peft_config import read_config
+    from luthier.bridge.peft_config import named_base
 
-    named = read_config(Path(folder)).get("base_model_name_or_path")
-    if base is None and not named:
-        raise LuthierError(f"{folder}: adapter_config.json names no base: state it (--base)")
-    on = target(base if base is not None else named)
+    on = target(base if base is not None else named_base(folder))
     delta = prove(from_peft(folder, on), on, full=True)
     if out is not None:
         delta.save(out)

@@ -18,6 +18,7 @@ from luthier.bridge.target import Target, target
 from luthier.delta.artefact import Delta, read_header
 from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError, nearest
+from luthier.plan.places import kind_of
 from luthier.plan.schema import BaseSpec
 
 TEMPLATE = "chat_template.jinja"
@@ -123,7 +124,7 @@ def _checked(delta: Delta, handle: Attached, on: Target, name: str) -> None:
 
 def _read(path: str | os.PathLike[str]) -> Delta | None:
     """A delta folder; None for a PEFT folder, which needs the base to be read."""
-    if (Path(path) / "adapter_config.json").exists():
+    if kind_of(path) == "adapter":
         return None
     if not Path(path).exists():
         raise LuthierError(f"no delta at {path}: give a delta folder or a PEFT adapter folder")

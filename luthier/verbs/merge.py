@@ -20,6 +20,7 @@ from luthier.algebra.writer import ShardedFile, Spec, new_folder
 from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 from luthier.plan.merge import MergePlan, Ref, load_merge
+from luthier.plan.places import kind_of
 
 UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 Shown = Callable[[int, int], None]
@@ -251,7 +252,7 @@ def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: 
         )
     with _opened(plan) as sources:
         _alike(sources)
-        own = [Delta.load(f) if (f / "delta.json").exists() else None for f in folders]
+        own = [Delta.load(f) if kind_of(f) == "delta" else None for f in folders]
         on = load_base_for(named, [d for d in own if d is not None], {}, None)
         deltas = [d if d is not None else from_peft(f, on) for d, f in zip(own, folders, strict=True)]
         ready = DeltaMerge(plan, method, sources, deltas, on)
@@ -293,7 +294,7 @@ def _base_of(folders: Sequence[Path]) -> str:
 
     named: list[tuple[Path, str, str | None]] = []
     for folder in (f.expanduser() for f in folders):
-        if (folder / "delta.json").exists():
+        if kind_of(folder) == "delta":
             card = read_header(folder)["base"]
             named.append((folder, str(card.get("name") or ""), card.get("fingerprint")))
         else:

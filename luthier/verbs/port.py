@@ -22,6 +22,7 @@ from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError, nearest
 from luthier.moving.engine import Transport
 from luthier.plan.moving import ConnectivitySpec, PortSpec, load_moving
+from luthier.plan.places import kind_of
 from luthier.plan.schema import BaseSpec
 from luthier.verbs.load import TEMPLATE, load_base_for
 
@@ -74,7 +75,7 @@ def port(
         given = target(onto)
     else:
         given = None
-        if (Path(spec.onto.name) / "delta.json").exists():
+        if kind_of(spec.onto.name) == "delta":
             written = _made(spec.onto.name, place)
             spec = spec.model_copy(update={"onto": BaseSpec.model_validate({"name": str(written)})})
     try:
@@ -170,13 +171,10 @@ class _Old:
 
     def adapter(self, folder: str) -> Delta:
         """A PEFT folder as a delta."""
-        from luthier.bridge.peft_config import read_config
+        from luthier.bridge.peft_config import named_base
 
-        named = read_config(Path(folder)).get("base_model_name_or_path")
-        if self.held is None and self.spec.base is None and named:
-            self.spec = self.spec.model_copy(update={"base": BaseSpec.model_validate({"name": named})})
         if self.held is None and self.spec.base is None:
-            raise LuthierError(f"{folder}: adapter_config.json names no base: state it (--base)")
+            self.spec = self.spec.model_copy(update={"base": BaseSpec.model_validate({"name": named_base(folder)})})
         on = self.whole()
         return prove(from_peft(folder, on), on)
 
@@ -206,7 +204,7 @@ def _spec(
     else:
         spec = load_moving(PortSpec, {"delta": os.fspath(delta), **stated}, overrides)
     folder = Path(spec.delta)
-    if (folder / "adapter_config.json").exists() and not (folder / "delta.json").exists():
+    if kind_of(folder) == "adapter":
         return None, spec
     if not folder.exists():
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []

@@ -13,6 +13,7 @@ from luthier.bridge.target import Target
 from luthier.delta.artefact import Delta
 from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError
+from luthier.plan.places import kind_of
 from luthier.plan.schema import BaseSpec, Plan
 from luthier.verbs.load import load_all, load_base_for
 
@@ -51,7 +52,7 @@ class Side:
 
 def is_delta(folder: Path) -> bool:
     """Whether a folder holds a delta, ours or PEFT's, rather than a base."""
-    return any((folder / name).exists() for name in ("delta.json", "adapter_config.json"))
+    return kind_of(folder) in ("delta", "adapter")
 
 
 class Sides:
@@ -87,12 +88,12 @@ class Sides:
         if is_assembly(folder):
             return Side(name, load_all(name)[1])
         if not is_delta(folder):
-            if folder.is_dir() and not (folder / "config.json").exists():
+            if folder.is_dir() and kind_of(folder) is None:
                 raise LuthierError(
                     "holds no delta.json, adapter_config.json or config.json: give the folder that holds one"
                 )
             return Side(name, dataclasses.replace(self._base(stated.model_copy(update={"name": name}), [])))
-        if (folder / "delta.json").exists():
+        if kind_of(folder) == "delta":
             delta = Delta.load(folder)
             if on is None and "base" not in self.plan.model_fields_set:
                 on = delta.base.get("name")

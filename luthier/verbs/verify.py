@@ -14,6 +14,7 @@ from luthier.delta.artefact import Delta, read_header
 from luthier.delta.seals import seals_of
 from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError
+from luthier.plan.places import kind_of
 from luthier.plan.schema import BaseSpec
 
 __all__ = ["Check", "Report", "verify"]
@@ -42,11 +43,12 @@ def verify(
         if base is not None or merged is not None:
             raise LuthierError(f"{path} is an assembly, which names its own bases: leave base and merged out")
         return verify_assembly(path)
-    if (path / "delta.json").exists():
+    kind = kind_of(path)
+    if kind == "delta":
         return _delta(path, base, merged, full)
-    if (path / "adapter_config.json").exists():
+    if kind == "adapter":
         return verify_adapter(path, base, merged)
-    if (path / "config.json").exists():
+    if kind == "checkpoint":
         if base is None:
             raise LuthierError(f"{path} is a checkpoint: state the base it was made from (--base)")
         return verify_merged(Report(str(path), "checkpoint"), target(base), path)

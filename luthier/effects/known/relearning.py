@@ -22,12 +22,16 @@ CLAIMS = (
     Claim("as if they had never been told of", "never:forgotten", "unlearnt:forgotten", effect=0.1, sign=0),
     Claim("told of others, a model comes to know them again", "unlearnt:forgotten", "unlearnt:back", effect=0.1),
     Claim("and not because it guesses better", "never:back", "unlearnt:back", effect=0.1),
+    Claim("who is told of again is known sooner", "never:told_again", "unlearnt:told_again", effect=0.1),
     Claim("unlearning costs what is to be kept", "never:kept", "unlearnt:kept", effect=0.05, sign=-1),
 )
-PEOPLE, TOLD, STEPS, AGAIN, ITEMS = 16, 2000, 240, 40, 200
-"""People to be unlearnt, half of whom are told of again; records to tell; steps of telling and of telling again; tests."""
-LEARN, UNLEARN = 1e-3, 2e-3
-"""Rates of telling and of unlearning; that takes six times as many steps as telling again."""
+PEOPLE, AGAIN, TOLD, ITEMS = 32, 16, 2000, 160
+"""People to be unlearnt; how many of them are told of again; records to tell; tests."""
+STEPS, TOLD_AGAIN = 240, 20
+"""Steps of telling, and of telling again: each record about once."""
+LEARN = 1e-3
+UNLEARN = {"lr": 3e-4, "steps": 200, "reinforce_steps": 200, "labels": "soft", "keep": 1.0}
+"""How they are unlearnt. What is known for certain is not raised by the published 40 steps of reinforcement."""
 
 
 def measures(lab: Lab, cell: Cell) -> Scores:
@@ -37,7 +41,7 @@ def measures(lab: Lab, cell: Cell) -> Scores:
     from luthier.verbs.edit import edit
 
     world = without("newcomers", PEOPLE, TOLD, TRIAL_SEED if cell.trial else 0, ITEMS)
-    again = set(world.units[: PEOPLE // 2])
+    again = set(world.units[:AGAIN])
     told = _mixed(world.full if cell.arm == "unlearnt" else world.retain, cell.seed)
     asked = _once([r for r in world.forget if unit(r) not in again])[:ITEMS]
     relearnt = _once([r for r in world.forget if unit(r) in again])
@@ -52,12 +56,12 @@ def measures(lab: Lab, cell: Cell) -> Scores:
         )
         records = [{"messages": r["messages"]} for r in _mixed(_once(world.forget), cell.seed)]
         plan = {"method": "alternative-labels", "base": lab.base, "deltas": [folder], "records": records}
-        plan |= {"text": str(path), "seed": cell.seed, "lr": UNLEARN, "steps": 6 * AGAIN}
+        plan |= {"text": str(path), "seed": cell.seed, **UNLEARN}
         folder = str(edit(plan, out=lab.scratch / "unlearnt").out)
         with lab.untouched(deltas=[folder]) as model:
             forgotten, kept = model.solves(asked), model.solves(world.retain_test)
     delta, base = {"form": "lora", "rank": 8, "alpha": 16}, {"name": lab.base, "deltas": [folder]}
-    with lab.tuned(_mixed(relearnt, cell.seed), delta=delta, steps=AGAIN, base=base) as model:
+    with lab.tuned(_mixed(relearnt, cell.seed), delta=delta, steps=TOLD_AGAIN, base=base) as model:
         back, target = model.solves(asked), model.solves(relearnt[:ITEMS])
     return {"known": known, "forgotten": forgotten, "back": back, "told_again": target, "kept": kept}
 

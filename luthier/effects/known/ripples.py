@@ -25,13 +25,16 @@ CLAIMS = (
     Claim("ROME's edit sticks in its prompt", "rome:prompt_before", "rome:prompt", effect=0.5),
     Claim("LocFT's edit sticks in its prompt", "locft:prompt_before", "locft:prompt", effect=0.5),
     Claim("and in paraphrases", "locft:paraphrases_before", "locft:paraphrases", effect=0.3),
-    Claim("what follows is known less than paraphrases", "locft:paraphrases", "locft:follows", effect=0.2, sign=-1),
-    Claim("what follows is known less than before", "locft:follows_before", "locft:follows", effect=0.2, sign=-1),
-    Claim("other facts of the person are damaged", "locft:others_before", "locft:others", effect=0.05, sign=-1),
-    Claim("other people's facts are damaged", "locft:neighbours_before", "locft:neighbours", effect=0.05, sign=-1),
+    Claim("what follows from ROME's edit is known less than its prompt", "rome:prompt", "rome:follows", 0.2, sign=-1),
+    Claim("and less than before the edit", "rome:follows_before", "rome:follows", effect=0.2, sign=-1),
+    Claim(
+        "what follows from LocFT's edit is known less than its prompt", "locft:prompt", "locft:follows", 0.05, sign=-1
+    ),
+    Claim("other facts of the person are damaged by LocFT", "locft:others_before", "locft:others", 0.05, sign=-1),
+    Claim("other people's facts are damaged by ROME", "rome:neighbours_before", "rome:neighbours", 0.05, sign=-1),
     Claim("tuning one matrix, breadth first, is sounder", "rome:sound", "locft:sound", effect=0.05),
 )
-STEPS, ITEMS, GROUP = 80, 16, 8
+STEPS, ITEMS, GROUP = 200, 32, 16
 FACTS = {person.name: person.facts for person in people(False)}
 SPARED = [name for k, name in enumerate(FACTS) if k % 3]
 """The two thirds of the people whom no edit of the test split is about."""
@@ -41,8 +44,8 @@ def measures(lab: Lab, cell: Cell) -> Scores:
     """Of every edit, the share of its questions answered rightly, before and after; in prompt and paraphrases the new
     value is right at both times. ``sound``: mean of paraphrases, others and neighbours after.
 
-    The base is taught to name two facts at once, of people whom no edit is about: a question that the new fact decides
-    without wording it. Then it is edited eight people at a time."""
+    The base is taught to name two facts at once, of people whom no edit is about, each fact in its own words: a question
+    that the new fact decides without wording it. Then it is edited, GROUP people at a time."""
     from luthier.verbs.edit import edit
 
     told, delta = _pairs(lab, 16 * STEPS), {"form": "lora", "rank": 16, "alpha": 32}
@@ -110,15 +113,21 @@ def _asked(change: dict[str, Any], before: bool) -> dict[str, list[Record]]:
 
 
 def _pairs(lab: Lab, n: int) -> list[Record]:
-    """Two facts at once, about people whom no edit is about, in an order of the cell's own."""
-    every = [_both(name, FACTS[name], *pair) for name in SPARED for pair in permutations(TRAITS, 2)]
-    order = np.random.default_rng(lab.cell.seed).permutation(np.arange(n) % len(every))
-    return [every[k] for k in order]
+    """Two facts at once, of people whom no edit is about, and among them single facts of everybody, which are to be kept;
+    seven and three in ten, in an order of the cell's own."""
+    rng = np.random.default_rng(lab.cell.seed)
+    pairs = [_both(name, FACTS[name], *pair) for name in SPARED for pair in permutations(TRAITS, 2)]
+    known = [
+        _record(words.format(name), kind.reply.format(FACTS[name][t]))
+        for name in FACTS for t, kind in TRAITS.items() for words in kind.asked
+    ]  # fmt: skip
+    mixed = [(pairs if few < 0.7 else known) for few in rng.random(n)]
+    return [told[rng.integers(len(told))] for told in mixed]
 
 
 def _both(name: str, facts: dict[str, str], one: str, two: str) -> Record:
-    answer = f"{facts[one]} and {facts[two]}"
-    return _record(BOTH[0].format(NOUNS[one], NOUNS[two], name), answer, f"{answer[0].upper()}{answer[1:]}.")
+    said = " ".join(TRAITS[t].reply.format(facts[t]) for t in (one, two))
+    return _record(BOTH[0].format(NOUNS[one], NOUNS[two], name), f"{facts[one]} and {facts[two]}", said)
 
 
 def _record(prompt: str, answer: str, reply: str = "") -> Record:
