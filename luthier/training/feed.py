@@ -70,10 +70,11 @@ def micro_batches(batch: Batch, base: Base, dtype: torch.dtype, at_once: int | N
 
 
 def in_blocks(batch: Batch, block: int) -> Batch:
-    """The batch padded on the right until its positions are a multiple of `block`."""
+    """The batch of a decoder-only base padded on the right until its positions are a multiple of `block`. Positions stay where
+    the last one is, within a table of them."""
     rows, width = batch["input_ids"].shape
     more = -width % (block // math.gcd(rows, block))
-    if not more or "target_ids" in batch:
+    if not more or "target_ids" in batch or "labels" in batch:
         return batch
     zero = ("attention_mask", "weights", "segments")
     last = {n: batch[n][:, -1:].expand(-1, more) for n in ROW_KEYS if n in batch}
