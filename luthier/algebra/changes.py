@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from luthier.algebra.pairs import one_vocabulary
 from luthier.attach.weights import oriented
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.delta import No, Site, State
@@ -40,6 +41,7 @@ class Pair:
                     f"{name} is {base.shapes[name]} in {base.folder} and {tuned.shapes[name]} in {tuned.folder}: give a "
                     "tuned checkpoint of this base with its own vocabulary"
                 )
+        one_vocabulary(base, tuned)
 
     def moved(self, name: str) -> bool:
         return True

@@ -122,7 +122,7 @@ def _forget(raw: Mapping[str, Any], where: str) -> Record:
 def _word(value: Any) -> str | None:
     """A text, {"str": text} as CounterFact has it, or the first of a list; None where there is none."""
     value = value.get("str") if isinstance(value, Mapping) else value[0] if isinstance(value, list) and value else value
-    return str(value) if isinstance(value, (str, int, float)) and str(value) else None
+    return value if isinstance(value, str) and value else None
 
 
 def _listed(value: Any, where: str) -> list[Any]:

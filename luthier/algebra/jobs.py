@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,10 @@ class Method:
                     raise LuthierError(
                         f"{self.name}: {key} of {names[item.sources[i]]} must be a number, got {value!r}"
                     )
+                if not math.isfinite(value):
+                    raise LuthierError(
+                        f"{self.name}: {key} of {names[item.sources[i]]} is {value}: state a finite number"
+                    )
                 out[key].append(float(value))
         return out
 
@@ -73,7 +78,7 @@ class Method:
         base = item.base if kind != "unused" else None
         if kind == "needed" and base is None:
             raise LuthierError(
-                f"{self.name} needs the base that the models were tuned from at {item.name}: state it (base)"
+                f"{self.name} needs the base that the models were tuned from at {item.name}: state it (base), in slices as one of the sources"
             )
         count = len(item.inputs) - (base is not None)
         if wanted := self.cls.wants(count):

@@ -52,6 +52,19 @@ def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
+def one_vocabulary(base: Checkpoint, tuned: Checkpoint) -> None:
+    """One line where both have a tokenizer and a token of the base is another one of the tuned model."""
+    ours, theirs = base.tokenizer, tuned.tokenizer
+    if ours is None or theirs is None or ours.get_vocab() == theirs.get_vocab():
+        return
+    changed = sum(theirs.get_vocab().get(t) != i for t, i in ours.get_vocab().items())
+    more = len(set(theirs.get_vocab()) - set(ours.get_vocab()))
+    raise LuthierError(
+        f"different tokenizers: {changed} of {base.name}'s tokens mean another id in {tuned.name}, which has {more} "
+        "more: the same ids must mean the same words; tune with base.new_tokens, or copy one tokenizer to both"
+    )
+
+
 def card_of(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes], list[str]]:
     """What the delta says about its base, the files that travel along, and notes."""
     notes: list[str] = []
@@ -61,13 +74,7 @@ def card_of(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], dict[s
     if ours is not None and theirs is not None:
         card["tokenizer"] = fingerprint_tokenizer(ours)
         card["template"] = fingerprint_template(ours)
-        if ours.get_vocab() != theirs.get_vocab():
-            changed = sum(theirs.get_vocab().get(t) != i for t, i in ours.get_vocab().items())
-            more = len(set(theirs.get_vocab()) - set(ours.get_vocab()))
-            raise LuthierError(
-                f"different tokenizers: {changed} of {base.name}'s tokens mean another id in {tuned.name}, which has {more} "
-                "more: the same ids must mean the same words; tune with base.new_tokens, or copy one tokenizer to both"
-            )
+        one_vocabulary(base, tuned)
         if fingerprint_tokenizer(theirs) != card["tokenizer"]:
             notes.append("the tokenizers split or mark text differently, on one vocabulary: the base's counts")
         own = theirs.chat_template

@@ -93,7 +93,9 @@ def _same_parts(old: Target, new: Target) -> None:
             continue
         said = [f"{x[name][1]}×{x[name][2]}" if name in x else "absent" for x in (a, b)]
         role = next(p.role for t in (old, new) for p in t.roles.parts if p.name == name)
-        what = "their vocabularies differ" if role in ("embed", "head") else "their sizes differ"
+        words = {"embed": 2, "head": 1}.get(role, 0)  # where the vocabulary stands in a part's (kind, d_out, d_in)
+        apart = words and all(name in x for x in (a, b)) and a[name][words] != b[name][words]
+        what = "their vocabularies differ" if apart else "their sizes differ"
         raise LuthierError(f"{name} is {said[0]} in {old.name} and {said[1]} in {new.name}, {what}: a delta can be ported "
                            "onto a base of the same sizes only")  # fmt: skip
 

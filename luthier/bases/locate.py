@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.bases.built import practice_folder
 from luthier.errors import LuthierError, nearest
+from luthier.plan.places import kind_of
 from luthier.plan.schema import BaseSpec
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -100,7 +101,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise LuthierError(f"{file.parent}: no {file.name}; name the folder of a Hugging Face model") from error
+        held = {"delta": "a delta", "adapter": "a PEFT adapter", "assembly": "an assembly"}.get(
+            str(kind_of(file.parent))
+        )
+        said = f"it holds {held}, and a checkpoint is wanted here" if held else f"no {file.name}"
+        raise LuthierError(f"{file.parent}: {said}; name the folder of a Hugging Face model") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LuthierError(f"{file}: not readable as JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):

@@ -78,12 +78,15 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
     base: BaseName = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type the base is held and written in: float32, bfloat16 …", show_default=False)
+    ] = None,
 ) -> None:
     """Write a delta in a format of other tools."""
     from luthier.cli.console import plain
     from luthier.verbs.export import export as verb
 
-    verb(delta, to=to, out=out, base=base)
+    verb(delta, to=to, out=out, base=base, **({"dtype": dtype} if dtype else {}))
     plain(f"written to {out}")
 
 

@@ -25,21 +25,23 @@ class Lenient(Maker):
 
 def first_rows(
     spec: DataSpec, tokenizer: Any, n: int = 3, *, kind: str = "causal", labels: list[str] | None = None
-) -> list[Row]:
-    """The first n rows as training sees them. Rows that a run would refuse are shown too, so that one sees why."""
+) -> tuple[list[Row], Ledger]:
+    """The first n rows as training sees them, and what is noted on the way. Rows that a run would refuse are shown too, so
+    that one sees why."""
     maker = Lenient(spec, tokenizer, kind, labels, Ledger())
     found = (row for row, _ in Records(spec.train).rows(maker, Place()) if row is not None)
-    return list(islice(found, n))
+    return list(islice(found, n)), maker.ledger
 
 
 def show(
     spec: DataSpec, tokenizer: Any, n: int = 3, *, kind: str = "causal", labels: list[str] | None = None
 ) -> Iterator[Text]:
     """For each of the first n records a rich Text: a line of facts, then its tokens; green ones carry loss (bold above
-    weight 1, dim below), others are grey. Print it with a rich console."""
+    weight 1, dim below), others are grey; after them a line for each thing noted. Print it with a rich console."""
     from rich.text import Text
 
-    for row in first_rows(spec, tokenizer, n, kind=kind, labels=labels):
+    rows, ledger = first_rows(spec, tokenizer, n, kind=kind, labels=labels)
+    for row in rows:
         ended = {True: "end-of-turn supervised", False: "end-of-turn NOT supervised", None: "no end-of-turn"}[row.eot]
         facts = [row.where, f"{row.length} tokens", f"{row.supervised} supervised", ended]
         facts += [f"{row.truncated} cut off"] if row.truncated else []
@@ -50,6 +52,7 @@ def show(
             out.append("\n→ ", style="bold")
             painted(out, row.second, row.second_weights, tokenizer)
         yield out
+    yield from (Text(f"note: {said}", style="yellow") for said in ledger.notes)
 
 
 def painted(out: Text, ids: Any, weights: Any, tokenizer: Any) -> None:

@@ -29,6 +29,10 @@ class Karcher(Merge):
     base: ClassVar[Literal["needed", "optional", "unused"]] = "unused"
     each: ClassVar[Mapping[str, float | None]] = {}
 
+    def __post_init__(self) -> None:
+        if self.max_iter < 1 or not self.tol >= 0:
+            raise ValueError(f"max_iter must be at least 1 and tol at least 0, got {self.max_iter} and {self.tol}")
+
     def merge(self, t: Stack) -> Tensor:
         flat = [x.reshape(-1) for x in t.tensors]
         n, kind, dtype = flat[0].numel(), wide(flat[0].dtype), flat[0].dtype

@@ -27,6 +27,10 @@ class NearSwap(Merge):
     ordered: ClassVar[bool] = True
     pointwise: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not self.t >= 0:
+            raise ValueError(f"t must be at least 0, got {self.t}")
+
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None
         (other,) = t.tensors

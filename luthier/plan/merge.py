@@ -206,6 +206,8 @@ def load_merge(
     for old, new in RENAMED.items():
         if old in raw:
             raw[new] = raw.pop(old)
+    if not isinstance(raw.get("parameters") or {}, Mapping):
+        raise LuthierError(f"{where}: parameters: give a table of names and values, got {raw['parameters']!r}")
     raw["parameters"] = {**(raw.get("parameters") or {}), **extra}
     _weights(raw, where)
     if (tokens := raw.pop("tokenizer_source", None)) is not None:
@@ -307,6 +309,10 @@ def _value(setting: Any, at: Where, key: str) -> Any:
                     f"{key}: unknown key '{strange[0]}': {nearest(strange[0], ['filter', 'value'], 'key')}"
                 )
             wanted = row.get("filter")
+            if not isinstance(wanted, str | None):
+                raise LuthierError(
+                    f"{key}: a filter is a part of a tensor's name, as text, got {wanted!r}: put it in quotes"
+                )
             if wanted is None or wanted == "*" or at.name and wanted in at.name:
                 return _value(row["value"], at, key)
         return None

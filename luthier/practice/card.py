@@ -141,10 +141,15 @@ def measure(folder: Path = ASSET, n: int = 200, only: Sequence[str] = (), comman
     if only:
         kept = json.loads((folder / "card.json").read_text())
         missing = set(families()) - set(only) - set(kept["scores"])
-        if kept["items"] != n or missing:
+        if kept["items"] != n:
             raise LuthierError(
-                f"practice base: the card in {folder} has {kept['items']} items a family and lacks "
-                f"{', '.join(sorted(missing)) or 'none'}; measure all families"
+                f"practice base: the card in {folder} has {kept['items']} items a family: state --items {kept['items']}, or "
+                "measure all families"
+            )
+        if missing:
+            raise LuthierError(
+                f"practice base: the card in {folder} lacks {', '.join(sorted(missing))}: name these too "
+                "(--families A,B), or measure all families"
             )
     for name in only or families():
         kept["scores"][name], kept["perplexity"][name] = figures(model, tokenizer, name, n)

@@ -106,6 +106,8 @@ def records(
 def verify(record: Record, response: str) -> Verdict:
     """What the record's family says of a response. Raises LuthierError for a record that is not of this world."""
     name, answer, prompt = _checked(record)
+    if not isinstance(response, str):
+        raise LuthierError(f"practice world: a response is text, got {response!r}")
     family = family_named(name)
     judge = getattr(family, "judge", None)
     return judge(record, response) if judge else family.verify(prompt, answer, response)
@@ -130,11 +132,11 @@ def _check(name: str, split: str, n: int | None, seed: int, start: int, difficul
     family_named(name)
     if split not in SPLITS:
         raise LuthierError(f"practice world: family {name} has no split {split!r}; {nearest(split, SPLITS, 'split')}")
-    if difficulty is not None and difficulty not in LEVELS:
+    if difficulty is not None and (isinstance(difficulty, bool) or difficulty not in LEVELS):
         raise LuthierError(f"practice world: family {name} has no difficulty {difficulty!r}; choose 1, 2 or 3")
     for what, value in (("n", n or 0), ("start", start), ("seed", seed)):
-        if value < 0:
-            raise LuthierError(f"practice world: family {name}: {what} is {value}; choose 0 or more")
+        if not isinstance(value, int) or value < 0:
+            raise LuthierError(f"practice world: family {name}: {what} is {value!r}; choose a whole number, 0 or more")
 
 
 def _items(name: str, split: str, seed: int, difficulty: int | None, block: int) -> Iterator[Item]:

@@ -25,7 +25,8 @@ def export(
     """Writes `delta` to the folder `out`, which must be new or empty, as 'peft' or 'hf'; gives the folder.
 
     base: default the one that the delta names. fields: of BaseSpec (dtype …), for the base it is folded into. A delta that
-    is nothing but exact differences in one type is written in that type unless another is stated.
+    is nothing but exact differences in one type is written in that type, or in the base's own where that is wider, unless
+    another is stated.
     """
     if to not in FORMATS:
         raise LuthierError(f"export knows no format '{to}': {nearest(to, FORMATS, 'format')}")
@@ -41,7 +42,7 @@ def export(
         raise LuthierError("the delta names no base: state it (--base)")
     exact = {getattr(piece.form, "dtype", None) if piece.form.at == "base" else None for piece in own.pieces}
     if len(exact) == 1 and None not in exact and isinstance(name, (str, os.PathLike)):
-        fields = {"dtype": exact.pop()} | fields
+        fields = {"dtype": _wider(str(exact.pop()), str(own.base.get("fingerprint") or "").split(":")[-1])} | fields
     on = load_base_for(name, [own], fields, None)
     refuse(
         [c for c in same_base(own, on) if c.name in ("base", "dtype")], str(delta) if delta is not own else "the delta"
@@ -50,3 +51,15 @@ def export(
         return to_peft(own, out, base=on)
     export_hf(on, own, out, max_shard_size)
     return Path(out)
+
+
+def _wider(tuned: str, base: str) -> str:
+    """The type, of those two, that holds the values of both: exact differences need the base's own bits."""
+    import torch
+
+    sizes = {
+        name: torch.finfo(getattr(torch, name)).bits
+        for name in (tuned, base)
+        if name in ("float32", "bfloat16", "float16")
+    }
+    return max(sizes, key=sizes.__getitem__, default=tuned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,13 @@ def test_bad_sources_are_one_line(pair: tuple[Path, Path], tmp_path: Path) -> No
     other = saved(tiny(vocab_size=140), tmp_path / "other")
     with pytest.raises(LuthierError, match="its own vocabulary"):
         compress(base, other, out=tmp_path / "d")
+    swapped = Path(shutil.copytree(tuned, tmp_path / "swapped"))
+    words = json.loads((swapped / "tokenizer.json").read_text())
+    one, two = list(words["model"]["vocab"])[-2:]
+    words["model"]["vocab"] |= {one: words["model"]["vocab"][two], two: words["model"]["vocab"][one]}
+    (swapped / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(LuthierError, match="different tokenizers: 2 of"):
+        compress(base, swapped, out=tmp_path / "d", probes=False)
     with pytest.raises(LuthierError, match="changes none of the matrices"):
         compress(tmp_path / "nothing", out=tmp_path / "d") if (_nothing(base, tmp_path)) else None
     with pytest.raises(LuthierError, match="no delta at"):

@@ -182,6 +182,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"records": [{**EDIT, "subject": None}]}, r"records\[0\]: this method edits at a subject"),
     ({"records": [{**EDIT, "subject": "Zed"}]}, r"records\[0\]: the subject 'Zed' does not stand in the prompt"),
     ({"records": [{"prompt": "x"}]}, r"records\[0\]: no 'target_new'"),
+    ({"records": [{"prompt": 5, "target_new": "x"}]}, r"no 'prompt' .*; it is there, and empty or no text"),
     ({"records": [SECRET]}, r"records\[0\]: no 'target_new'"),
     ({"method": "antidote", "records": [EDIT]}, r"records\[0\]: nothing to forget"),
     ({"method": "mend"}, "mend learns first: state train_records"),

@@ -618,6 +618,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ({"merge_method": "linear", "models": [{"model": "a", "parameter": {}}]}, "did you mean 'parameters'"),
         ({"merge_method": "slerp", "slices": [{"sources": [{"model": "a"}]}]}, "layer_range is missing"),
         ({"merge_method": "linear", "models": [{"model": "a+b+c"}]}, "is no model"),
+        ({"merge_method": "linear", "models": [{"model": "a"}], "parameters": [1]}, "parameters: give a table"),
         ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer_source": "base", "tokenizer": {}}, ""),
     ],
 )
@@ -630,6 +631,26 @@ def test_a_wrong_plan_names_the_key(plan: dict[str, Any], says: str, tmp_path: P
     with pytest.raises(LuthierError, match=says) as found:
         load_merge(file)
     assert str(file) in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "stated", "says"),
+    [
+        ("linear", {"weight": float("nan")}, "weight of .* is nan: state a finite number"),
+        ("linear", {"weight": [{"filter": 3, "value": 1}, {"value": 1}]}, "as text, got 3: put it in quotes"),
+        ("nearswap", {"t": -1}, "t must be at least 0"),
+        ("karcher", {"max_iter": -1}, "max_iter must be at least 1"),
+    ],
+)
+def test_a_wrong_value_is_named(
+    method: str, stated: dict[str, Any], says: str, shelf: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = {"method": method, "models": [str(shelf["a"]), str(shelf["b"])], **stated}
+    if method == "nearswap":
+        plan |= {"base": str(shelf["a"]), "models": [str(shelf["b"])]}
+    with pytest.raises(LuthierError, match=says):
+        merge(plan, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(shelf: dict[str, Path], tmp_path: Path) -> None:
