@@ -109,6 +109,25 @@ def test_exported_it_is_the_tuned_checkpoint(tmp_path: Path) -> None:
     assert full_fingerprint(tmp_path / "back") == full_fingerprint(Path(tuned))
 
 
+def test_a_narrow_tune_of_a_wide_base_is_written_in_the_bases_type(tmp_path: Path) -> None:
+    base, tuned, _ = pair(tmp_path, everything)
+    index = json.loads((Path(tuned) / "model.safetensors.index.json").read_text())["weight_map"]
+    wanted: dict[str, torch.Tensor] = {}
+    for file in set(index.values()):
+        part = {k: v.bfloat16() for k, v in load_file(Path(tuned) / file).items()}
+        wanted |= part
+        save_file(part, Path(tuned) / file, {"format": "pt"})
+    diff(base, tuned, out=tmp_path / "d", probes=False)
+    assert (
+        CliRunner().invoke(app, ["export", str(tmp_path / "d"), "--to", "hf", "--out", str(tmp_path / "x")]).exit_code
+        == 0
+    )
+    back = load_file(tmp_path / "x" / "model.safetensors")
+    assert all(torch.equal(back[name], value.float()) for name, value in wanted.items())
+    narrow = ["export", str(tmp_path / "d"), "--to", "hf", "--out", str(tmp_path / "y"), "--dtype", "bfloat16"]
+    assert CliRunner().invoke(app, narrow).exit_code != 0  # the base's own bits are not there
+
+
 def test_unchanged_is_left_out_and_few_entries_are_kept_alone(tmp_path: Path) -> None:
     def change(name: str, p: torch.Tensor, g: torch.Generator) -> torch.Tensor | None:
         dw = torch.zeros(p.shape)
