@@ -19,7 +19,14 @@ from tests.tiny import tiny
 
 SMALL = {
     **{"STEPS": 4, "BATCH": 4, "ITEMS": 6, "KEPT": 2, "RECORDS": 16, "PEOPLE": 2, "TIMES": 2, "POOL": 40, "TRUSTED": 8},
-    **{"CHOICE": 2, "PAIRS": 6, "PASSES": 2, "AGAIN": 2},
+    **{
+        "CHOICE": 2,
+        "PAIRS": 6,
+        "PASSES": 2,
+        "AGAIN": 1,
+        "TOLD_AGAIN": 2,
+        "UNLEARN": {"steps": 2, "reinforce_steps": 2},
+    },
 }
 """What the effects' constants of these names are here; one that an effect's run is long by has one of these names."""
 
