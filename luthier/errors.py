@@ -13,9 +13,9 @@ class LuthierError(Exception):
     """What went wrong, where, and what to do about it, in one line. The command line prints it and exits with code 2."""
 
 
-def nearest(word: str, known: Iterable[str], what: str = "name") -> str:
+def nearest(word: str, known: Iterable[str], what: str = "name", most: int | None = None) -> str:
     """The tail of an error about an unknown word: the closest known one if any is close, and all of them, or the closest
-    few where there are more than `MANY`.
+    few where there are more than `MANY`. `most`: how many are listed where none is close, if not all.
 
     >>> nearest("loar", ["lora", "dora"], "form")
     "did you mean 'lora'? (forms: dora, lora)"
@@ -23,7 +23,8 @@ def nearest(word: str, known: Iterable[str], what: str = "name") -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, FEW, 0.5)
     plural = what + ("es" if what.endswith(("s", "x", "ch")) else "s")
-    listed = f"{plural}: {', '.join(names) or 'none'}"
+    left = len(names[most:]) if most else 0
+    listed = f"{plural}: {', '.join(names[:most]) or 'none'}" + (f" and {left} more" if left else "")
     if close and len(names) > MANY:
         listed = f"nearest of {len(names)} {plural}: {', '.join(close)}"
     return f"did you mean '{close[0]}'? ({listed})" if close else listed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import importlib
 import os
@@ -232,9 +231,7 @@ def beside(path: Path) -> str:
     """The nearest name in the same folder, for the error about a missing file."""
     if not path.parent.is_dir():
         return f": there is no folder {path.parent}"
-    names = sorted(p.name for p in path.parent.iterdir() if p.is_file())
-    close = difflib.get_close_matches(path.name, names, 3, 0.6)
-    return f": {nearest(path.name, [*dict.fromkeys([*close, *names])][:30], 'file')}"
+    return f": {nearest(path.name, (p.name for p in path.parent.iterdir()), 'file', most=30)}"
 
 
 def practice(source: SourceSpec) -> Opened:

@@ -22,6 +22,7 @@ from luthier.delta.artefact import Delta, digest
 from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
 from luthier.delta.registry import MOVES
 from luthier.errors import LuthierError
+from luthier.plan.places import kind_of
 
 FORMAT = 1
 FILE = "assembly.json"
@@ -167,7 +168,7 @@ class _Header(BaseModel):
 
 def is_assembly(folder: Any) -> bool:
     """Whether a name is the folder of an assembly."""
-    return isinstance(folder, (str, os.PathLike)) and (Path(folder) / FILE).is_file()
+    return isinstance(folder, (str, os.PathLike)) and kind_of(folder) == "assembly"
 
 
 def read_wiring(folder: str | os.PathLike[str]) -> dict[str, Any]:
