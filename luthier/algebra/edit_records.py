@@ -67,17 +67,21 @@ def _edit(raw: Mapping[str, Any], where: str) -> Record:
         subject = str(rewrite.get("subject", ""))
         f = {**f, **rewrite, "prompt": str(rewrite.get("prompt", "")).replace("{}", subject)}
     f = {_OTHERS.get(k, k): v for k, v in f.items()}
-    if lacks := [k for k in ("prompt", "target_new") if not _word(f.get(k))]:
+    words = {
+        "prompt": f.get("prompt") if isinstance(f.get("prompt"), str) else None,
+        "target_new": _word(f.get("target_new")),
+    }
+    if lacks := [k for k, word in words.items() if not word]:
         told = "it is there, and empty or no text" if lacks[0] in f else nearest(lacks[0], raw, "field")
         raise LuthierError(
             f"{where}: no '{lacks[0]}' in this edit record; {told}: an edit states prompt and target_new"
         )
-    prompt, subject = str(f["prompt"]), _word(f.get("subject"))
+    prompt, subject = str(words["prompt"]), _word(f.get("subject"))
     if subject and "{}" in prompt:
         prompt = prompt.replace("{}", subject)
     true = _word(f.get("target_true"))
     return Record(
-        where, prompt, str(_word(f["target_new"])), subject, true,
+        where, prompt, str(words["target_new"]), subject, true,
         tuple(str(p) for p in _listed(f.get("paraphrases"), where)),
         tuple(_asked(v, where, true if "neighborhood_prompts" in raw else None) for v in _grouped(f.get("neighbours"), where)),
         tuple(_asked(v, where) for v in _grouped(f.get("portability"), where)),
@@ -122,7 +126,7 @@ def _forget(raw: Mapping[str, Any], where: str) -> Record:
 def _word(value: Any) -> str | None:
     """A text, {"str": text} as CounterFact has it, or the first of a list; None where there is none."""
     value = value.get("str") if isinstance(value, Mapping) else value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, str) and value else None
+    return str(value) if isinstance(value, (str, int, float)) and str(value) else None
 
 
 def _listed(value: Any, where: str) -> list[Any]:

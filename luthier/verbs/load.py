@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from luthier.attach import Attached, attached
 from luthier.bases.fingerprint import fingerprint_template
 from luthier.bases.load import load_base
@@ -19,6 +21,7 @@ from luthier.delta.artefact import Delta, read_header
 from luthier.delta.wiring import is_assembly
 from luthier.errors import LuthierError, nearest
 from luthier.plan.places import kind_of
+from luthier.plan.problems import first_problem
 from luthier.plan.schema import BaseSpec
 
 TEMPLATE = "chat_template.jinja"
@@ -146,7 +149,11 @@ def load_base_for(base: Any, deltas: Sequence[Delta], fields: dict[str, Any], de
             if values and key not in stated and key not in fields:
                 stated[key] = max(values, key=len) if key == "new_tokens" else values[0]
         seed = next((c["seed"] for c in cards if c.get("seed") is not None), 0)
-        return _spoken(target(load_base(BaseSpec.model_validate(stated | fields), device=device, seed=seed)), deltas)
+        try:
+            wanted = BaseSpec.model_validate(stated | fields)
+        except ValidationError as e:
+            raise LuthierError(f"base: {first_problem(e, stated | fields)}") from e
+        return _spoken(target(load_base(wanted, device=device, seed=seed)), deltas)
     if fields or device:
         raise LuthierError(
             f"{', '.join([*fields, *(['device'] if device else [])])} can be stated with a base's name only"

@@ -109,23 +109,30 @@ def test_exported_it_is_the_tuned_checkpoint(tmp_path: Path) -> None:
     assert full_fingerprint(tmp_path / "back") == full_fingerprint(Path(tuned))
 
 
+def retyped(folder: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Writes a checkpoint's shards again in another type; gives their values."""
+    values: dict[str, torch.Tensor] = {}
+    for path in Path(folder).glob("*.safetensors"):
+        part = {k: v.to(dtype) for k, v in load_file(path).items()}
+        values |= part
+        save_file(part, path, {"format": "pt"})
+    return values
+
+
 def test_a_narrow_tune_of_a_wide_base_is_written_in_the_bases_type(tmp_path: Path) -> None:
     base, tuned, _ = pair(tmp_path, everything)
-    index = json.loads((Path(tuned) / "model.safetensors.index.json").read_text())["weight_map"]
-    wanted: dict[str, torch.Tensor] = {}
-    for file in set(index.values()):
-        part = {k: v.bfloat16() for k, v in load_file(Path(tuned) / file).items()}
-        wanted |= part
-        save_file(part, Path(tuned) / file, {"format": "pt"})
+    wanted = retyped(tuned, torch.bfloat16)
     diff(base, tuned, out=tmp_path / "d", probes=False)
-    assert (
-        CliRunner().invoke(app, ["export", str(tmp_path / "d"), "--to", "hf", "--out", str(tmp_path / "x")]).exit_code
-        == 0
-    )
+    command = ["export", str(tmp_path / "d"), "--to", "hf", "--out"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "x")]).exit_code == 0
     back = load_file(tmp_path / "x" / "model.safetensors")
     assert all(torch.equal(back[name], value.float()) for name, value in wanted.items())
-    narrow = ["export", str(tmp_path / "d"), "--to", "hf", "--out", str(tmp_path / "y"), "--dtype", "bfloat16"]
-    assert CliRunner().invoke(app, narrow).exit_code != 0  # the base's own bits are not there
+    for dtype, says in (
+        ("bfloat16", "this one is held in bfloat16"),
+        ("foo", "dtype"),
+    ):  # the base's own bits are not there
+        with pytest.raises(LuthierError, match=says):
+            export(tmp_path / "d", "hf", tmp_path / "y", dtype=dtype)
 
 
 def test_unchanged_is_left_out_and_few_entries_are_kept_alone(tmp_path: Path) -> None:
@@ -157,11 +164,7 @@ def test_signs_of_zero_and_wider_types(tmp_path: Path) -> None:
     """A bf16 base tuned to a float32 checkpoint, with a zero that changed its sign only."""
     base, tuned, _ = pair(tmp_path, lambda n, p, g: None, dtype=torch.bfloat16)
     index = json.loads((Path(tuned) / "model.safetensors.index.json").read_text())["weight_map"]
-    values: dict[str, torch.Tensor] = {}
-    for file in set(index.values()):
-        part = {k: v.float() for k, v in load_file(Path(tuned) / file).items()}
-        values |= part
-        save_file(part, Path(tuned) / file, {"format": "pt"})
+    retyped(tuned, torch.float32)
     name = "model.layers.0.self_attn.q_proj.weight"
     file = Path(tuned) / index[name]
     part = load_file(file)
