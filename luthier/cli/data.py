@@ -30,8 +30,10 @@ def show(
     from luthier.cli.console import out
     from luthier.data.show import show as render
     from luthier.plan.load import load_plan
+    from luthier.training.goal import objective_of, rows_of
 
     read = load_plan(plan, overrides or (), methods=False)
     base = load_base(read.base, weights=False)
-    for part in render(read.data, base.tokenizer, n, kind=base.kind, labels=read.base.labels):
+    rows = rows_of(objective_of(read, base.kind), base.kind)
+    for part in render(read.data, base.tokenizer, n, kind=rows, labels=read.base.labels):
         out().print(part)

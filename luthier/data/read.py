@@ -235,17 +235,28 @@ def beside(path: Path) -> str:
 
 
 def practice(source: SourceSpec) -> Opened:
-    """`practice:FAMILY[,FAMILY…]` or `practice:all`, the built-in world; the families take turns."""
+    """`practice:FAMILY[,FAMILY…]` or `practice:all`, the built-in world; the families take turns. With `subset: preferences`
+    two answers to every record, as an honest annotator prefers them."""
     world = importlib.import_module("luthier.practice.world")
     names = [n.strip() for n in source.path.partition(":")[2].split(",") if n.strip()]
     names = list(world.families()) if names == ["all"] else names
     if not names:
         raise LuthierError(f"data source {source.path}: name a family; families: {', '.join(world.families())}")
+    if source.subset not in (None, PREFERENCES):
+        raise LuthierError(
+            f"data source {source.path} has no subset {source.subset!r}; {nearest(source.subset, [PREFERENCES], 'subset')}"
+        )
     total = source.skip + (source.limit or UNLIMITED)
+
+    def of(name: str, n: int) -> Iterator[dict[str, Any]]:
+        if source.subset is None:
+            return world.records(name, split=source.split, n=n)
+        annotators = importlib.import_module("luthier.practice.oracles.annotators")
+        return iter(annotators.pairs(name, n, annotators.Annotator(), split=source.split))
 
     def make() -> Iterator[Raw]:
         share = -(-total // len(names))
-        running = [world.records(name, split=source.split, n=share) for name in names]
+        running = [of(name, share) for name in names]
         for number in range(total):
             fields = next(running[number % len(names)], None)
             if fields is None:
@@ -331,5 +342,7 @@ def first_line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
+PREFERENCES = "preferences"
+"""The subset of practice records that are pairs of answers."""
 SCHEMES: dict[str, Callable[[SourceSpec], Opened]] = {"practice": practice}
 """What stands before the colon of a source's path -> how to open it."""

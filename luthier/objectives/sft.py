@@ -23,6 +23,7 @@ class SFT:
     smoothing: float = 0.0
     """ε of label smoothing: that share of the target is spread evenly over the vocabulary."""
     needs: ClassVar[tuple[str, ...]] = ("logprobs",)
+    kinds: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
@@ -44,6 +45,7 @@ class Classification:
     smoothing: float = 0.0
     """ε of label smoothing."""
     needs: ClassVar[tuple[str, ...]] = ("class_logits",)
+    kinds: ClassVar[tuple[str, ...]] = ("classify",)
 
     def __call__(self, v: Any) -> tuple[Tensor, Tensor]:
         weights = v.record_weights

@@ -69,7 +69,9 @@ class SourceSpec(Section):
     columns: dict[str, str] = Field({}, description="Our column name -> the file's (prompt: question …).")
     constants: dict[str, Any] = Field({}, description="Column values every record gets (system: …).")
     split: str = Field("train", description="Split of a hub dataset or practice family.")
-    subset: str | None = Field(None, description="Configuration name of a hub dataset.")
+    subset: str | None = Field(
+        None, description="Configuration name of a hub dataset; of practice records: preferences."
+    )
     limit: int | None = Field(None, ge=1, description="At most this many records.")
     skip: int = Field(0, ge=0, description="Leave out this many records at the start.")
     weight: float = Field(1.0, gt=0, description="Loss weight of every record of this source.")

@@ -84,11 +84,13 @@ def in_blocks(batch: Batch, block: int) -> Batch:
 def split(batch: Batch, at_once: int | None) -> list[Batch]:
     """Whole rows of a batch in parts of at most `at_once` positions, each cut to its longest row.
 
-    Sums over the parts are sums over the batch. Comparisons (pairs of rows) stay together.
+    Sums over the parts are sums over the batch. Both rows of a comparison stay together.
     """
     rows, width = batch["input_ids"].shape
-    if at_once is None or rows * width <= at_once or rows < 2 or "pairs" in batch:
+    if at_once is None or rows * width <= at_once or rows < 2:
         return [batch]
+    if "pairs" in batch:
+        return split_pairs(batch, max(1, at_once // (2 * width)))
     height = max(1, at_once // width)
     records = batch["segments"].amax(1).tolist() if "segments" in batch else [1] * rows
     out = []
@@ -104,6 +106,18 @@ def split(batch: Batch, at_once: int | None) -> list[Batch]:
         if batch["where"]:
             part["where"] = batch["where"][sum(records[:at]) : sum(records[: at + height])]
         out.append(part)
+    return out
+
+
+def split_pairs(batch: Batch, height: int) -> list[Batch]:
+    """Comparisons in parts of `height` pairs, each cut to its longest row."""
+    pairs, out = batch["pairs"], []
+    for at in range(0, pairs, height):
+        here = torch.arange(at, min(at + height, pairs))
+        part = {k: v[torch.cat([here, here + pairs])] if torch.is_tensor(v) else v for k, v in batch.items()}
+        longest = int(part["attention_mask"].sum(1).max())
+        part |= {n: part[n][:, :longest] for n in ROW_KEYS if n in part}
+        out.append(part | {"pairs": len(here), "where": batch["where"][at : at + height]})
     return out
 
 

@@ -23,15 +23,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from luthier.attach import attached
 from luthier.bases.load import Base
-from luthier.delta import OBJECTIVES
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training.fast import Pruner, speed_up
+from luthier.training.goal import objective_of, reference_of
 from luthier.training.groups import make_optimiser
 from luthier.training.pieces import Pieces
 from luthier.training.precision import Precision
-from luthier.training.run import OBJECTIVE_OF, checkpoint_activations
+from luthier.training.run import checkpoint_activations
 from luthier.training.view import Batch, HeadSelector, View, block_of
 
 FILLER = 1 << 20
@@ -154,7 +154,7 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
             for piece in Delta.load(folder).pieces:
                 piece.name = f"parent{k}-{piece.name}"
                 handle.add(piece)
-        pieces = Pieces(handle, base, plan.train.seed)
+        pieces = Pieces(handle, base, plan.train.seed, parents=frozenset(handle.pieces))
         pieces.attach(plan.delta)
     _draw(pieces, mode)
     if plan.train.checkpointing:
@@ -164,8 +164,8 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     faked = [_faked(part, base, selector, mode, device) for part in parts]
     if selector is not None and base.kind == "causal" and not (plan.train.compile or plan.train.checkpointing):
         Pruner(base.roles, model, selector)
-    name = OBJECTIVE_OF.get((plan.objective.name, base.kind), plan.objective.name)
-    objective = OBJECTIVES.make(name, plan.objective.settings)
+    objective = objective_of(plan, base.kind)
+    off = reference_of(objective, handle, pieces.parents)
     with mode:
         optimiser = make_optimiser(handle, plan.train, pieces.rates)
     model.train()
@@ -173,7 +173,7 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
 
     def step() -> None:
         for inputs, supervised in faked:
-            view = View(model, inputs, selector, base.kind)
+            view = View(model, inputs, selector, base.kind, off)
             view.__dict__.update(supervised)
             with precision.context(device):
                 loss, count = objective(view)

@@ -18,7 +18,6 @@ from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenize
 from luthier.bases.hardware import choose_device, has_bf16, limit_kernels, peak_memory, reset_peak, set_malloc
 from luthier.bases.load import Base, load_base
 from luthier.data.prepare import prepare
-from luthier.delta import OBJECTIVES
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
@@ -26,6 +25,7 @@ from luthier.training import certificate, checkpoint, proof
 from luthier.training.events import Events
 from luthier.training.fast import Pruner, slow_down, speed_up
 from luthier.training.feed import Feed, positions_at_once
+from luthier.training.goal import objective_of, reference_of, rows_of
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
 from luthier.training.machine import Machine, make_accelerator
@@ -33,8 +33,6 @@ from luthier.training.pieces import Pieces, same_base, score_gradients
 from luthier.training.precision import precision_of
 from luthier.training.view import HeadSelector, View, block_of
 
-OBJECTIVE_OF = {("sft", "classify"): "classification"}
-"""sft on a base of another kind means that base's own loss."""
 SCORED = 8
 """Micro-batches over which choices that score by gradients collect them."""
 
@@ -135,19 +133,20 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     base = load_base(spec, device=device, seed=plan.train.seed)
     base.notes += [precision.note] if precision.note else []
     whole = None if base.new_rows else full_fingerprint(base.model, base.new_parameters)
-    data = prepare(plan.data, base.tokenizer, kind=base.kind, labels=plan.base.labels, seed=plan.train.seed)
+    objective = objective_of(plan, base.kind)
+    data = prepare(
+        plan.data, base.tokenizer, kind=rows_of(objective, base.kind), labels=spec.labels, seed=plan.train.seed
+    )
     _check(plan, data)
     pieces = _attach(plan, base)
     fitted = _fit(plan, base, block_of(precision.compute))
     selector = fitted.selector
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
-    objective = OBJECTIVES.make(
-        OBJECTIVE_OF.get((plan.objective.name, base.kind), plan.objective.name), plan.objective.settings
-    )
+    off = reference_of(objective, pieces.handle, pieces.parents)
 
     def view(batch: Any) -> View:
         pieces.handle.ctx.columns, pieces.handle.ctx.segments = batch, batch.get("segments")
-        return View(machine.model, batch, selector, base.kind)
+        return View(machine.model, batch, selector, base.kind, off)
 
     batches = data.batches(plan.train.batch_size, machine.rank, machine.world)
     at_once = positions_at_once(plan.train.tokens_at_once, device, machine.sharded)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +53,35 @@ class HeadSelector:
             self.index = None
 
 
+class Answers(NamedTuple):
+    """A batch by rows; of comparisons [2B] the better answers come first."""
+
+    logprobs: Tensor
+    """[B] sum of log-probabilities over the supervised tokens, each counted once."""
+    tokens: Tensor
+    """[B] how many they are."""
+    weights: Tensor
+    """[B] loss weight of the row: that of its heaviest token."""
+
+
 class View:
     """A batch on a model. Attributes are computed when first read.
 
     Decoder-only: `batch` has input_ids [B, T], attention_mask, position_ids, weights [B, T] (of predicting that token)
     and `segments` with `mask_4d` when packed. Sequence-to-sequence: target_ids [B, S] with their weights and
-    decoder_input_ids. Classification: labels and label_weights.
+    decoder_input_ids. Classification: labels and label_weights. `off`, where an objective needs the reference, hides
+    what trains while it is entered.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, selector: HeadSelector | None, kind: str = "causal") -> None:
-        self.model, self.batch, self.selector, self.kind = model, batch, selector, kind
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        selector: HeadSelector | None,
+        kind: str = "causal",
+        off: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.model, self.batch, self.selector, self.kind, self.off = model, batch, selector, kind, off
 
     @cached_property
     def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,6 +135,10 @@ class View:
     @cached_property
     def logits(self) -> Tensor:
         """[N, V] at the supervised tokens only."""
+        if self.off is not None:
+            _ = (
+                self.reference
+            )  # first: what it puts back in place must not change under a pass that has its backward to come
         index = self._supervised[0]
         if self.selector is None:
             out = self.model(**self.inputs()).logits
@@ -133,6 +156,30 @@ class View:
     def logprobs(self) -> Tensor:
         """[N] log-probability of each supervised token, float32."""
         return token_logprobs(self.logits, self.targets)
+
+    @cached_property
+    def answers(self) -> Answers:
+        """The supervised tokens row by row."""
+        _, _, weights, rows = self._supervised
+        zero = torch.zeros(len(self.batch["input_ids"]), device=weights.device)
+        heaviest = zero.scatter_reduce(0, rows, weights, "amax")
+        return Answers(
+            zero.index_add(0, rows, self.logprobs), zero.index_add(0, rows, torch.ones_like(weights)), heaviest
+        )
+
+    @cached_property
+    def reference(self) -> View:
+        """The same batch as the base answers it: without what trains, in evaluation mode, without gradients."""
+        assert self.off is not None, "an objective reads the reference and does not say that it needs it"
+        then, was = View(self.model, self.batch, self.selector, self.kind), self.model.training
+        then.__dict__ |= {k: v for k, v in self.__dict__.items() if k in ("_supervised", "_selected")}
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.off():
+                _ = then.logprobs
+        finally:
+            self.model.train(was)
+        return then
 
     @cached_property
     def class_logits(self) -> Tensor:

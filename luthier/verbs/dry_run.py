@@ -13,6 +13,7 @@ from luthier.data.prepare import prepare
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.training.feed import micro_batches, positions_at_once
+from luthier.training.goal import objective_of, rows_of
 from luthier.training.precision import precision_of
 from luthier.training.predict import predict_step
 from luthier.training.run import steps_of
@@ -66,7 +67,8 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
     device = choose_device(None)
     precision, spec = precision_of(plan, has_bf16(device))
     base = load_base(spec, weights=False)
-    data = prepare(plan.data, base.tokenizer, kind=base.kind, labels=plan.base.labels, seed=plan.train.seed)
+    of_record = rows_of(objective_of(plan, base.kind), base.kind)
+    data = prepare(plan.data, base.tokenizer, kind=of_record, labels=plan.base.labels, seed=plan.train.seed)
     parameters = sum(p.numel() for p in {id(p): p for p in base.model.parameters()}.values())
     sharded = plan.train.fsdp and int(os.environ.get("WORLD_SIZE", "1")) > 1
     batch = data.longest_batch(plan.train.batch_size)
@@ -79,7 +81,7 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
     supervised = int((batch["weights"] > 0).sum()) if "weights" in batch else rows
     tokens = int(batch["attention_mask"].sum())
     rate = peak_flops(device, precision.compute)
-    share = _mean_tokens(data, rows) / tokens if tokens else 1.0
+    share = _mean_tokens(data, batch.get("pairs", rows)) / tokens if tokens else 1.0
     seconds = steps * plan.train.accumulate * found.step.flops * share / (rate * EFFICIENCY[precision.name])
     memory, peak = total_memory(device), process + found.step.peak
     warnings = [*base.notes, *([precision.note] if precision.note else [])]
@@ -95,7 +97,7 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
 
 
 def _mean_tokens(data: Any, rows: int) -> float:
-    """Tokens of a batch on average; of the longest where lengths are not known yet."""
+    """Tokens of a batch of so many records on average; of the longest where lengths are not known yet."""
     if data.train is None or data.spec.packing:
         return float(rows * data.longest)
     return rows * float(data.train.lengths.mean())
