@@ -120,6 +120,10 @@ class TaskVectors(Merge):
         """What thins out model i's change, given by `chunk` in flat pieces; None where it stays whole."""
         return None
 
+    def scale(self, t: Stack, i: int) -> float | None:
+        """What is left of model i's change is multiplied by this; None is what gives it back its absolute sum."""
+        return None if self.rescale else 1.0
+
     def span(self, t: Stack) -> int:
         """Entries to be worked on at a time."""
         return SPAN
@@ -131,9 +135,10 @@ class TaskVectors(Merge):
         span = self.span(t) if n else SPAN
         chunks = [_difference(x, base) for x in models]
         thins = [self.thin(t, i, chunk) if n else None for i, chunk in enumerate(chunks)]
+        stated = [self.scale(t, i) if thin else 1.0 for i, thin in enumerate(thins)]
         scales = [
-            _regained(thin, chunk, n, span, dtype, self.draws, t.over) if thin and self.rescale else 1.0
-            for thin, chunk in zip(thins, chunks, strict=True)
+            _regained(thin, chunk, n, span, dtype, self.draws, t.over) if thin and scale is None else scale or 1.0
+            for thin, chunk, scale in zip(thins, chunks, stated, strict=True)
         ]
         weights = [fixed(w, dtype) for w in t.each["weight"]]
         factors = [_factors(scale, weight, dtype) for scale, weight in zip(scales, weights, strict=True)]

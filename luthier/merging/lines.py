@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class LiNeS(Merge):
     """The merge that makes the change."""
     normalize: bool | None = None
     """Of that merge; None leaves it its default."""
-    rescale: bool | None = None
+    rescale: bool | Literal["by_density"] | None = None
     """Of that merge."""
     lambda_: float | None = None
     """Of that merge."""

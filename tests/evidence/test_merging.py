@@ -106,6 +106,25 @@ def test_p268_dare() -> None:
     )
 
 
+def test_p268_divided_by_the_density_the_mean_is_the_change_also_where_one_entry_holds_much_of_it() -> None:
+    runs, base = 300, torch.zeros(5, 20)
+    change = torch.randn(5, 20, generator=torch.Generator().manual_seed(2)) * 1e-3
+    change[0, 0] = 1.0
+    for method, density in (("dare_linear", 0.5), ("dare_ties", 0.1)):
+        total = torch.zeros_like(base)
+        for seed in range(runs):
+            total += merged(method, [change], {"rescale": "by_density"}, base=base, density=[density], seed=seed)
+        off = (total / runs - change).abs() / (change.abs() * ((1 / density - 1) / runs) ** 0.5)
+        assert off.max() < 4, "every entry within four of its standard errors"
+    restored = sum(merged("dare_linear", [change], base=base, density=[0.1], seed=seed) for seed in range(runs)) / runs
+    assert restored[0, 0] < 0.2, "where the absolute sum is restored, the largest entry comes out ten times too small"
+    assert torch.equal(merged("dare_linear", [change], {"rescale": "by_density"}, base=base, density=[0.0]), base)
+    whole = merged("dare_linear", [change], {"rescale": "by_density"}, base=base, density=[1.0])
+    assert torch.equal(whole, change), "nothing is dropped and nothing enlarged"
+    with pytest.raises(LuthierError, match="'ties', setting 'rescale'"):
+        MERGES.make("lines", {"of": "ties", "rescale": "by_density"})
+
+
 def test_p222_lines() -> None:
     one = TUNED[:1]
     assert torch.allclose(merged("lines", one, {"alpha": 1.0, "beta": 0.0}, layer=2, layers=4), TUNED[0], atol=1e-8)
