@@ -14,11 +14,12 @@ from torch import Tensor
 from luthier.attach import Attached, FoldReport
 from luthier.bases.load import quiet
 from luthier.bridge.folding import MAX_LOST, add_biases, folded, remove_biases, retie, tied_sites, untie
-from luthier.bridge.proof import Check, refuse
+from luthier.bridge.proof import Check, other_type, refuse, seals_hold
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta.artefact import Delta
 from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
-from luthier.delta.probes import check_probes, probe_inputs
+from luthier.delta.probes import ModelFn, check_probes, probe_inputs
+from luthier.delta.seals import seals_of
 from luthier.errors import LuthierError
 
 
@@ -47,6 +48,10 @@ def export_hf(
     try:
         rows = _rows(on)
         tuned = [logits_of(on.model)(row) for row in rows]
+        other = other_type(own, on) if own.probes else None
+        if other is not None:
+            other = _told_now(other, own)
+            checks.append(seals_hold(own, seals_of(handle), next(on.model.parameters()).dtype))
         tied = tied_sites(on, [own])
         undo = untie(on, [own])
         if tied:
@@ -59,7 +64,7 @@ def export_hf(
         report = folded(handle, max_lost)
         checks.append(_rounding(report))
         try:
-            _write(on, own, folder, max_shard_size, checks, tuned, rows if read_back else [])
+            _write(on, own, folder, max_shard_size, checks, tuned, rows if read_back else [], other)
         finally:
             handle.unfold()
     finally:
@@ -88,6 +93,7 @@ def _write(
     checks: list[Check],
     tuned: list[Tensor],
     rows: list[Tensor],
+    other: ModelFn | None,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -102,7 +108,7 @@ def _write(
             model = reload(on, new)
             checks.append(_read_back(on, model, tuned, rows))
             if delta.probes:
-                checks.append(_probes(model, delta))
+                checks.append(_probes(on, model, delta, other))
             del model
             refuse(checks, str(folder))
         if folder.exists():
@@ -139,9 +145,19 @@ def _read_back(on: Target, model: Any, tuned: list[Tensor], rows: list[Tensor]) 
     )
 
 
-def _probes(model: Any, delta: Delta) -> Check:
-    verdict = check_probes(delta.probes, logits_of(model))
-    return Check("probes", verdict.ok, verdict.reason + ("" if verdict.ok else ": export with dtype: float32"))
+def _told_now(base: ModelFn, delta: Delta) -> ModelFn:
+    """The base's answers to the delta's probes as they are now, before anything is folded into it."""
+    rows = delta.probes["tokens"].long().split(delta.probes["lengths"].tolist())
+    known = {tuple(row.tolist()): base(row[None]) for row in rows}
+    return lambda ids: known[tuple(ids[0].tolist())]
+
+
+def _probes(on: Target, model: Any, delta: Delta, other: ModelFn | None) -> Check:
+    """The delta's own probes on the written model; where they cannot tell between two types, its seals have told."""
+    verdict = check_probes(delta.probes, logits_of(model), base_fn=other)
+    narrow = next(on.model.parameters()).dtype not in (torch.float32, torch.float64)
+    remedy = "export with dtype: float32" if narrow else "the checkpoint is not this model; keep the delta instead"
+    return Check("probes", verdict.ok, verdict.reason + (f": {remedy}" if verdict.ok is False else ""))
 
 
 def _card(delta: Delta, on: Target, checks: list[Check]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.bases.load import load_base
 from luthier.bases.tokens import load_tokenizer
-from luthier.bridge.proof import Report
+from luthier.bridge.proof import Report, other_type
 from luthier.bridge.target import Target, logits_of
 from luthier.bridge.weights_file import dtype_of, index_of
 from luthier.delta.artefact import Delta
@@ -47,7 +47,7 @@ def verify_merged(report: Report, on: Target, path: Path, delta: Delta | None = 
     _changed(report, on, ours, theirs, expected=delta is None)
     if delta is not None:
         _is_the_delta(report, on, ours, theirs, delta, stored)
-        _answers(report, on, merged, delta)
+        _answers(report, on, merged, delta, stored)
     return report
 
 
@@ -165,12 +165,11 @@ def _tell(report: Report, broken: list[Broken], total: int, skipped: int) -> Non
                f"{worst.why} (off by {worst.share:.0%}){apart}: merge again from this delta and base")  # fmt: skip
 
 
-def _answers(report: Report, on: Target, merged: Any, delta: Delta) -> None:
+def _answers(report: Report, on: Target, merged: Any, delta: Delta, stored: torch.dtype) -> None:
     """The merged model's logits against the unmerged one's."""
     if not delta.probes:
         report.add("merged = unmerged", None, "not checked: the delta carries no probes")
         return
-    verdict = check_probes(delta.probes, logits_of(merged))
-    report.add(
-        "merged = unmerged", verdict.ok, verdict.reason + ("" if verdict.ok else ": merge in float32 and verify again")
-    )
+    verdict = check_probes(delta.probes, logits_of(merged), base_fn=other_type(delta, on))
+    remedy = "merge again from this delta and base" if stored == torch.float32 else "merge in float32 and verify again"
+    report.add("merged = unmerged", verdict.ok, verdict.reason + (f": {remedy}" if verdict.ok is False else ""))

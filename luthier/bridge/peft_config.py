@@ -20,7 +20,7 @@ READ: dict[str, set[str]] = {
     "LORA": {
         *("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "init_lora_weights"),
         *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
-        *("target_parameters",),
+        *("target_parameters", "lora_bias"),
         *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
         "runtime_config",
     },

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def from_peft(folder: str | os.PathLike[str], base: Any = None) -> Delta:
     config = read_config(folder)
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     on = target(base if base is not None else named_base(folder))
-    empty = [k for k, t in tensors.items() if t.numel() == 0 or (".lora_A" in k or ".lora_B" in k) and t.dim() < 2]
+    matrix = re.compile(r"\.lora_[AB]\b(?!.*\.bias$)")
+    empty = [k for k, t in tensors.items() if t.numel() == 0 or matrix.search(k) and t.dim() < 2]
     if empty:
         raise LuthierError(
             f"{folder}: {len(empty)} tensors are empty shards ({empty[0]}): gather them before saving (ZeRO-3: "
@@ -140,14 +142,17 @@ def _lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], on: 
         )
     dora = bool(config["use_dora"])
     rows = {k: t for k, t in tensors.items() if k.endswith(ROWS)}
-    numbers, whole = _split(folder, {k: t for k, t in tensors.items() if k not in rows}, on, LORA)
-    sites = _expected(folder, config, numbers, on, {"A", "B", "m"} if dora else {"A", "B"})
+    biased = {"lora_B.bias": "b"} if config.get("lora_bias") else {}
+    numbers, whole = _split(folder, {k: t for k, t in tensors.items() if k not in rows}, on, LORA | biased)
+    names = {"A", "B", *(["m"] if dora else []), *biased.values()}
+    sites = _expected(folder, config, numbers, on, names)
     p, ranks, alphas = {}, {}, {}
     for name, site in sites.items():
         r = by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
         ranks[name], alphas[name] = r, float(by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
-        shapes = {"A": (r, site.d_in), "B": (site.d_out, r), "m": (site.d_out,)}
+        shapes = {"A": (r, site.d_in), "B": (site.d_out, r), "m": (site.d_out,), "b": (site.d_out,)}
         p[name] = {k: _check(folder, site, k, t, shapes[k]) for k, t in numbers[name].items()}
+    added = {name: held.pop("b") for name, held in p.items() if "b" in held}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     settings = {
         "rank": rank,
@@ -159,7 +164,11 @@ def _lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], on: 
     }
     kind = "dora" if dora else "lora"
     pieces = [_piece(kind, settings, sites, p, on)]
-    return pieces + _whole(folder, config, whole, on) + _token_rows(folder, config, rows, on)
+    if added:  # PEFT scales it with the rest
+        form: Any = pieces[0].form
+        scaled: Found = {name: {"b": b * form.at_site(sites[name])[1]} for name, b in added.items()}
+        pieces.append(_piece("bias", {}, sites, scaled, on))
+    return pieces + _whole(folder, config, whole, on, sites) + _token_rows(folder, config, rows, on)
 
 
 def _commonest(values: Any) -> Any:
@@ -181,13 +190,30 @@ def _piece(kind: str, settings: dict[str, Any], sites: dict[str, Site], p: Found
     return Piece(kind, form, sites, p, fixed)
 
 
-def _whole(folder: Path, config: Mapping[str, Any], whole: Found, on: Target) -> list[Piece]:
-    """modules_to_save, trained biases and norms: parameters moved whole, kept exactly."""
+def _whole(
+    folder: Path, config: Mapping[str, Any], whole: Found, on: Target, adapted: Collection[str] = ()
+) -> list[Piece]:
+    """modules_to_save, trained biases and norms: parameters moved whole, kept exactly. adapted: modules that the form
+    sits on.
+
+    PEFT also saves embedding and head where one of them is adapted, or the vocabulary grew, without a word in the
+    config. What equals the base's is left out. What differs moves, as PEFT loads it; but not under a form, where PEFT
+    trains nothing: there it is of another base.
+    """
     known = set(config.get("modules_to_save") or [])
     groups: dict[str, dict[str, Tensor]] = {}
     for module, named in whole.items():
         for name, tensor in named.items():
             saved = saved_module(config, module)
+            if not saved and on.roles.owner[f"{module}.{name}"].role in ("embed", "head"):
+                if _same(tensor, on.tensor(f"{module}.{name}").cpu()):
+                    continue
+                if module in adapted:
+                    raise LuthierError(
+                        f"{folder}: holds {module}.{name} as it was under the adapter, and this base's is another: give the "
+                        "base it was trained on; if tokens were added, with base.new_tokens"
+                    )
+                saved = True
             if not saved and not (name == "bias" and config.get("bias", "none") != "none"):
                 raise LuthierError(
                     f"{folder}: holds {module}.{name}, which adapter_config.json does not state (modules_to_save: "
@@ -199,6 +225,13 @@ def _whole(folder: Path, config: Mapping[str, Any], whole: Found, on: Target) ->
     if absent:
         raise LuthierError(f"{folder}: {_some(list(absent))} of modules_to_save are not in the file: save again")
     return [moved(name, _untied(folder, table, on), on, str(folder)) for name, table in groups.items()]
+
+
+def _same(saved: Tensor, base: Tensor) -> bool:
+    """Whether two tensors hold the same values, in the type of one or the other."""
+    if saved.shape != base.shape:
+        return False
+    return torch.equal(saved.to(base.dtype), base) or torch.equal(saved, base.to(saved.dtype))
 
 
 def _untied(folder: Path, tuned: Mapping[str, Tensor], on: Target) -> dict[str, Tensor]:
@@ -294,7 +327,7 @@ def _ia3(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], on: T
     for name, site in sites.items():
         shape = (1, site.d_in) if name in inner else (site.d_out, 1)
         p[name] = {"l": _check(folder, site, "l", numbers[name]["l"], shape).flatten()}
-    return [_piece("ia3", {"inputs": roles}, sites, p, on), *_whole(folder, config, whole, on)]
+    return [_piece("ia3", {"inputs": roles}, sites, p, on), *_whole(folder, config, whole, on, sites)]
 
 
 def _virtual(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], width: int) -> Tensor:

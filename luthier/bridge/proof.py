@@ -12,7 +12,7 @@ from luthier.attach import Attached, attached
 from luthier.bases.fingerprint import compare, fingerprint_template, fingerprint_tokenizer, full_fingerprint
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta.artefact import Delta
-from luthier.delta.probes import check_probes, record_probes
+from luthier.delta.probes import ModelFn, check_probes, record_probes
 from luthier.delta.seals import check_seals, seals_of
 from luthier.errors import LuthierError
 
@@ -222,18 +222,25 @@ def probes_hold(delta: Delta, on: Target) -> Check:
     """The model is the tuned one, not the base, on the stored inputs."""
     if not delta.probes:
         return Check("probes", None, "the delta carries none")
-    run = logits_of(on.model)
-
-    def off(ids: torch.Tensor) -> torch.Tensor:
-        with handle.off():
-            return run(ids)
-
-    handle = attached(on.model)
-    made = delta.base.get("fingerprint")
-    retyped = bool(made) and compare(made, on.card()["fingerprint"]) == "same, other dtype"
-    verdict = check_probes(delta.probes, run, base_fn=off if retyped and handle.enabled else None)
+    other = other_type(delta, on) if attached(on.model).enabled else None
+    verdict = check_probes(delta.probes, logits_of(on.model), base_fn=other)
     remedy = ": load the delta again on its own base" if verdict.ok is False else ""
     return Check("probes", verdict.ok, verdict.reason + remedy)
+
+
+def other_type(delta: Delta, on: Target) -> ModelFn | None:
+    """The base without any delta, by which `check_probes` measures the difference of types, where it is held in another
+    type than the delta was made on; else None."""
+    made = delta.base.get("fingerprint")
+    if not made or compare(made, on.card()["fingerprint"]) != "same, other dtype":
+        return None
+    run = logits_of(on.model)
+
+    def plain(ids: torch.Tensor) -> torch.Tensor:
+        with attached(on.model).off():
+            return run(ids)
+
+    return plain
 
 
 def refuse(checks: Sequence[Check], what: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from luthier.data.files import READERS, Raw, suffix_of
+from luthier.data.splits import of_split
 from luthier.errors import LuthierError, nearest
 from luthier.plan.schema import SourceSpec
 
@@ -187,15 +188,17 @@ def open_source(source: SourceSpec) -> Opened:
     path = Path(os.path.expandvars(os.path.expanduser(source.path)))
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         return saved_dataset(source, path)
-    if path.exists() or glob.has_magic(str(path)):
-        _no_parts(source)
     if path.is_dir():
         if (path / "config.json").exists():
             raise LuthierError(f"data source {source.path} is a model's folder: give a file or folder of records")
         found = sorted(
             p for p in path.rglob("*") if p.is_file() and suffix_of(p) in READERS and not p.name.startswith(".")
         )
-        return Files(found, source.pattern, source.path)
+        if (chosen := of_split(path, found, source)) is None:
+            _no_parts(source)
+        return Files(found if chosen is None else chosen, source.pattern, source.path)
+    if path.exists() or glob.has_magic(str(path)):
+        _no_parts(source)
     if path.is_file():
         return Files([path], source.pattern, source.path)
     if glob.has_magic(str(path)):
@@ -212,7 +215,7 @@ def open_source(source: SourceSpec) -> Opened:
 
 
 def _no_parts(source: SourceSpec) -> None:
-    """Files are read whole: a split or subset that is stated of them would silently mean nothing.
+    """Files that name no split are read whole: a split or subset that is stated of them would silently mean nothing.
 
     'train' and 'test' stand for nothing stated: they are what sources of data and of audits have by default.
     """

@@ -77,7 +77,21 @@ def test_saved_module_missing(folder: Path) -> None:
 
 def test_unstated_module(folder: Path) -> None:
     config(folder, modules_to_save=None)
-    fails(folder, "lm_head.weight", "does not state")
+    tensors(folder, lambda t: {k.replace("lm_head", "model.layers.0.mlp.up_proj"): v for k, v in t.items()})
+    fails(folder, "up_proj.weight", "does not state")
+
+
+def test_embedding_of_another_base_under_the_adapter(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, "llama", peft.LoraConfig(**C, target_modules=["embed_tokens"]))
+    tensors(folder, lambda t: {k: v + 1 if "base_layer" in k else v for k, v in t.items()})
+    fails(folder, "model.embed_tokens.weight as it was under the adapter", "give the base it was trained on")
+
+
+def test_unstated_bias(folder: Path) -> None:
+    tensors(
+        folder, lambda t: t | {k.replace("A.weight", "B.bias"): v[0].clone() for k, v in t.items() if "lora_A" in k}
+    )
+    fails(folder, "4 of 13 tensors match nothing")
 
 
 def test_other_rank(folder: Path) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.attach import attached
 from luthier.attach.sites import sites_for
 from luthier.bridge.hf import export_hf
-from luthier.bridge.proof import prove
+from luthier.bridge.merged import verify_merged
+from luthier.bridge.proof import Report, prove
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta
@@ -146,3 +147,35 @@ def test_written_wrong_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(LuthierError, match="read back"):
         export_hf(base, delta, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def slight(family: str, size: float) -> Delta:
+    """A delta made on the base in bfloat16, smaller than what lies between the base's types."""
+    return made(on(family, torch.bfloat16), "lora", size=size)
+
+
+def test_a_small_delta_of_a_base_in_another_type(tmp_path: Path) -> None:
+    """Its probes cannot tell the types' difference from the change: its seals do."""
+    base, delta = on("t5"), slight("t5", 0.002)
+    assert not delta.base["fingerprint"].endswith(base.card()["fingerprint"].split(":")[-1])
+    checks = {c.name: c for c in export_hf(base, delta, tmp_path / "out")}
+    assert checks["probes"].ok is None and "the seals decide" in checks["probes"].detail
+    assert checks["seals"].ok and checks["read back"].ok
+    report = verify_merged(Report("out", "delta"), base, tmp_path / "out", delta)
+    assert report.ok and "the seals decide" in str(report)
+    broken = slight("t5", 0.002)
+    next(iter(broken.pieces[0].p.values()))["B"].mul_(1.5)
+    with pytest.raises(LuthierError, match="seals: 1 of .* sites do not hold"):
+        export_hf(on("t5"), broken, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.float32, "keep the delta instead$"), (torch.bfloat16, "export with dtype: float32$")]
+)
+def test_probes_that_do_not_hold_name_what_can_be_done(dtype: torch.dtype, said: str, tmp_path: Path) -> None:
+    base = on(dtype=dtype)
+    delta = made(base, "lora", size=0.3)
+    delta.probes["tuned.top"] += 9
+    delta.probes["tuned.projected"] += 9
+    with pytest.raises(LuthierError, match=f"probes: .*{said}"):
+        export_hf(base, delta, tmp_path / "out")

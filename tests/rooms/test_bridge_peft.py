@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from luthier.bridge.peft import from_peft, to_peft
 from luthier.bridge.target import logits_of
@@ -67,13 +68,19 @@ CASES: dict[str, tuple[str, Any]] = {
 
 def written(tmp_path: Path, family: str, config: Any, **settings: Any) -> tuple[Path, torch.Tensor]:
     """A folder by PEFT with every trained number disturbed, and the model's logits."""
+    model = disturbed(family, config, **settings)
+    model.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", ask(model)
+
+
+def disturbed(family: str, config: Any, **settings: Any) -> Any:
+    """A model by PEFT with every trained number disturbed."""
     model = peft.get_peft_model(tiny(family, **settings), config)
     g = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
             p.data.add_(0.3 * torch.randn(p.shape, generator=g))
-    model.eval().save_pretrained(tmp_path / "theirs")
-    return tmp_path / "theirs", ask(model)
+    return model.eval()
 
 
 def ask(model: Any) -> torch.Tensor:
@@ -86,8 +93,12 @@ def ask(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways(tmp_path: Path, case: str) -> None:
     family, config = CASES[case]
-    folder, theirs = written(tmp_path, family, config())
-    base = tiny(family)
+    same_both_ways(tmp_path, family, *written(tmp_path, family, config()))
+
+
+def same_both_ways(tmp_path: Path, family: str, folder: Path, theirs: torch.Tensor, **settings: Any) -> Delta:
+    """What PEFT wrote gives PEFT's logits here, and what is written here gives them there; gives the delta."""
+    base = tiny(family, **settings)
     untouched = logits_of(base)(tiny_ids())
     delta = from_peft(folder, base)
     assert torch.equal(logits_of(base)(tiny_ids()), untouched)
@@ -100,6 +111,57 @@ def test_both_ways(tmp_path: Path, case: str) -> None:
     delta.save(tmp_path / "delta")
     again = Delta.load(tmp_path / "delta")
     to_peft(again, tmp_path / "ours", base=base)
-    model = tiny(family)
+    model = tiny(family, **settings)
     back = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours")).eval()
     assert (ask(back) - theirs).abs().max() <= 1e-5
+    return delta
+
+
+EMBEDDINGS = {
+    "embedding adapted": (["embed_tokens", "q_proj"], "auto"),
+    "head adapted": (["lm_head", "q_proj"], "auto"),
+    "both adapted": (["embed_tokens", "lm_head"], "auto"),
+    "saved without a word": (["q_proj"], True),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_embeddings_that_peft_saves_along(tmp_path: Path, case: str, tied: bool) -> None:
+    modules, save = EMBEDDINGS[case]
+    config = peft.LoraConfig(**C, target_modules=modules, r=4)
+    model = disturbed("llama", config, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=save)
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert any(k.endswith(("embed_tokens.weight", "base_layer.weight")) for k in stored)
+    delta = same_both_ways(tmp_path, "llama", tmp_path / "theirs", ask(model), tie_word_embeddings=tied)
+    assert [piece.name for piece in delta.pieces] == ["lora"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_embedding_that_differs_moves(tmp_path: Path, tied: bool) -> None:
+    model = disturbed("llama", peft.LoraConfig(**C, target_modules=["q_proj"]), tie_word_embeddings=tied)
+    model.get_input_embeddings().weight.data[5] += 1
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    base = tiny(tie_word_embeddings=tied)
+    delta = from_peft(tmp_path / "theirs", base)
+    assert [list(piece.sites) for piece in delta.pieces[1:]] == [["model.embed_tokens.weight"]]
+    delta.apply(base)
+    assert (logits_of(base)(tiny_ids()) - ask(model)).abs().max() <= 1e-5
+
+
+def test_an_embedding_saved_in_a_narrower_type_is_the_bases(tmp_path: Path) -> None:
+    model = disturbed("llama", peft.LoraConfig(**C, target_modules=["q_proj"])).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    assert len(from_peft(tmp_path / "theirs", tiny()).pieces) == 1
+    assert len(from_peft(tmp_path / "theirs", tiny().to(torch.bfloat16)).pieces) == 1
+
+
+def test_bias_on_the_second_matrix(tmp_path: Path) -> None:
+    config = peft.LoraConfig(**C, target_modules=["q_proj", "o_proj"], r=4, lora_alpha=12, lora_bias=True)
+    folder, theirs = written(tmp_path, "qwen2", config)
+    base = tiny("qwen2")
+    delta = from_peft(folder, base)
+    assert [piece.name for piece in delta.pieces] == ["lora", "bias"]
+    delta.apply(base)
+    assert (logits_of(base)(tiny_ids()) - theirs).abs().max() <= 1e-5

@@ -99,6 +99,117 @@ def test_globs_folders_and_files_in_order(tmp_path: Path) -> None:
         assert found[2].after.file == 1
 
 
+def laid_out(folder: Path, names: str, readme: str = "") -> Path:
+    """A folder of files whose one record says its own name."""
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        written((folder / name).parent, [{"text": name}], Path(name).name)
+    if readme:
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+    return folder
+
+
+def texts(path: Path, **settings: Any) -> list[str]:
+    return [r.fields["text"] for r in read(source(path, **settings))]
+
+
+HUB = "data/train-00000-of-00002.jsonl data/train-00001-of-00002.jsonl data/test-00000-of-00001.jsonl"
+NAMED: dict[str, tuple[str, str, dict[str, str]]] = {
+    "the hub's layout": (HUB, "# A set\n", {"train": HUB.rpartition(" ")[0], "test": HUB.rpartition(" ")[2]}),
+    "words in names": (
+        "train.jsonl my-valid_2.jsonl Test.jsonl latest.jsonl",
+        "",
+        {"train": "train.jsonl", "validation": "my-valid_2.jsonl", "dev": "my-valid_2.jsonl", "test": "Test.jsonl"},
+    ),
+    "folders": (
+        "train/a.jsonl train/b.jsonl dev/a.jsonl",
+        "",
+        {"train": "train/a.jsonl train/b.jsonl", "dev": "dev/a.jsonl"},
+    ),
+    "the name before the folder": (
+        "train/eval.jsonl train/a.jsonl",
+        "",
+        {"train": "train/a.jsonl", "eval": "train/eval.jsonl"},
+    ),
+    "a word of its own": ("eval.jsonl test.jsonl", "", {"eval": "eval.jsonl", "test": "test.jsonl"}),
+    "parts of another name": (
+        "train_sft-00000-of-00001.jsonl test_sft-00000-of-00001.jsonl",
+        "",
+        {"train_sft": "train_sft-00000-of-00001.jsonl"},
+    ),
+    "README.md": (
+        "a.jsonl b/c.jsonl train.jsonl",
+        "---\nconfigs:\n- config_name: x\n  data_files:\n  - {split: train, path: a.jsonl}\n"
+        "  - {split: held, path: ['b/*', 'nope*']}\n---\n",
+        {"train": "a.jsonl", "held": "b/c.jsonl"},
+    ),
+    "README.md without splits": (
+        "a.jsonl b.jsonl",
+        "---\nconfigs: [{data_files: b.jsonl}]\n---\n",
+        {"train": "b.jsonl"},
+    ),
+    "README.md of other things": ("a.jsonl b.jsonl", "---\nlicense: mit\n---\n", {"train": "a.jsonl b.jsonl"}),
+    "no split in any name": (
+        "a.jsonl contest.jsonl",
+        "",
+        {"train": "a.jsonl contest.jsonl", "test": "a.jsonl contest.jsonl"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_folder_is_read_by_split(case: str, tmp_path: Path) -> None:
+    names, readme, splits = NAMED[case]
+    laid_out(tmp_path, names, readme)
+    for split, wanted in splits.items():
+        assert texts(tmp_path, split=split) == wanted.split()
+    assert len(texts(tmp_path / "**/*.jsonl")) == len(names.split())
+
+
+def test_subsets_that_readme_states(tmp_path: Path) -> None:
+    head = "---\nconfigs:\n- {config_name: x, data_files: {train: x.jsonl}}\n- {config_name: y, data_dir: y}\n"
+    laid_out(tmp_path, "x.jsonl y/a.jsonl z.jsonl", head + "---\n")
+    assert texts(tmp_path, subset="x") == ["x.jsonl"] and texts(tmp_path, subset="y") == ["y/a.jsonl"]
+    with pytest.raises(LuthierError, match="holds several subsets, state one; subsets: x, y$"):
+        texts(tmp_path)
+    with pytest.raises(LuthierError, match="has no subset 'z'; subsets: x, y$"):
+        texts(tmp_path, subset="z")
+    laid_out(tmp_path, "x.jsonl", head + "- {config_name: z, data_files: z.jsonl, default: true}\n---\n")
+    assert texts(tmp_path) == ["z.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("names", "readme", "settings", "said"),
+    [
+        ("test.jsonl dev.jsonl", "", {}, "has no split 'train'; splits: dev, test; a glob reads"),
+        ("train_sft-00000-of-00001.jsonl", "", {}, "has no split 'train'; did you mean 'train_sft'"),
+        ("train.jsonl valid.jsonl dev.jsonl", "", {"split": "val"}, "has no split 'val'; did you mean 'valid'"),
+        ("train.jsonl", "", {"split": "test"}, "has no split 'test'; splits: train"),
+        ("train.jsonl", "", {"subset": "x"}, "files have no subset 'x'"),
+        ("a.jsonl", "", {"split": "valid"}, "files have no split 'valid'"),
+        ("a.jsonl", "---\nconfigs: [{data_files: {test: a.jsonl}}]\n---\n", {}, "has no split 'train'; splits: test"),
+        ("a.jsonl", "---\nconfigs: [{data_files: {train: b*}}]\n---\n", {}, "no file that can be read matches"),
+        ("a.jsonl", "---\nconfigs: [{data_files: [3]}]\n---\n", {}, "must be paths, or tables of split and path"),
+        ("a.jsonl", "---\nconfigs: x\n---\n", {}, "'configs' must be a list"),
+        ("a.jsonl", "---\nconfigs: [\n---\n", {}, "its head cannot be read"),
+    ],
+)
+def test_splits_that_are_not_there(names: str, readme: str, settings: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(LuthierError, match=re.escape(said)) as e:
+        texts(laid_out(tmp_path, names, readme), **settings)
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_of_the_hub_trains_on_its_own_split(tmp_path: Path) -> None:
+    pq, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        pq.write_table(arrow.Table.from_pylist([{"text": name}]), tmp_path / f"data/{name}-00000-of-00001.parquet")
+    (tmp_path / "README.md").write_text("# A set\n")
+    data = prepare(spec(str(tmp_path)), tokenizer())
+    assert data.ledger.read == 1 and data.train[0].where.startswith(str(tmp_path / "data/train-"))
+
+
 def test_columns_constants_and_their_mistakes(tmp_path: Path) -> None:
     path = written(tmp_path, [{"question": "two?", "answer": "four"}])
     mapped = source(path, columns={"prompt": "question", "completion": "answer"}, constants={"system": "be a cat"})
