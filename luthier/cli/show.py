@@ -14,7 +14,7 @@ from luthier.measuring import words
 def run(done: Any) -> None:
     """A finished run: what it learned and lost, what it cost, where things lie."""
     if done.stopped and not done.report:
-        say(f"stopped ({done.stopped}); go on with --resume --out {done.out}")
+        say(f"stopped ({done.stopped}); {done.remedy}")
         raise SystemExit(130)
     if not done.report:  # a process that writes nothing
         return

@@ -69,16 +69,21 @@ def micro_batches(batch: Batch, base: Base, dtype: torch.dtype, at_once: int | N
     return [ready(part, base, dtype) for part in split(batch, at_once)]
 
 
-def in_blocks(batch: Batch, block: int) -> Batch:
-    """The batch of a decoder-only base padded on the right until its positions are a multiple of `block`. Positions stay where
-    the last one is, within a table of them."""
+def in_blocks(batch: Batch, block: int, room: int | None = None) -> Batch:
+    """The batch of a decoder-only base padded on the right until its positions are a multiple of `block`, counting on from
+    the last one; left as it is where that would take more than `room` positions."""
     rows, width = batch["input_ids"].shape
     more = -width % (block // math.gcd(rows, block))
-    if not more or "target_ids" in batch or "labels" in batch:
+    if not more or "target_ids" in batch or "labels" in batch or (room and width + more > room):
         return batch
     zero = ("attention_mask", "weights", "segments")
     last = {n: batch[n][:, -1:].expand(-1, more) for n in ROW_KEYS if n in batch}
-    return batch | {n: torch.cat([batch[n], v * 0 if n in zero else v], 1) for n, v in last.items()}
+    last |= {n: v * 0 for n, v in last.items() if n in zero}
+    if (
+        "position_ids" in last
+    ):  # repeated ones would be taken for packed records, and lose the kernel for causal attention
+        last["position_ids"] = last["position_ids"] + torch.arange(1, more + 1, device=batch["input_ids"].device)
+    return batch | {n: torch.cat([batch[n], v], 1) for n, v in last.items()}
 
 
 def split(batch: Batch, at_once: int | None) -> list[Batch]:
@@ -135,7 +140,8 @@ def records_of(batch: Batch) -> list[tuple[str, list[int]]]:
 
 def ready(batch: Batch, base: Base, dtype: torch.dtype) -> Batch:
     """Adds what the base's forward needs: padding to whole blocks, the mask of packed records, the decoder's shifted input."""
-    batch = in_blocks(batch, block_of(dtype))
+    room = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    batch = in_blocks(batch, block_of(dtype, base.model.device), room)
     if "segments" in batch:
         batch["mask_4d"] = segment_mask(batch["segments"], dtype)
     if base.kind == "seq2seq":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from luthier.attach import attached
@@ -52,6 +52,8 @@ class Traced:
     """Bytes alive at the end: with gradients freed, what the optimiser keeps has been added."""
     flops: int
     """Floating-point operations of matrix products and attention, a multiply-add as two."""
+    products: int = 0
+    """Matrix products and attentions of different shapes among them."""
 
 
 class Alive(TorchDispatchMode):
@@ -60,6 +62,8 @@ class Alive(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self._made = 0
+        self.products: set[Any] = set()
+        """Operation and shapes of every matrix product and attention."""
         self._seen = WeakIdKeyDictionary()
 
     def see(self, value: Any) -> None:
@@ -83,6 +87,8 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.products.add((func, *(tuple(a.shape) for a in args if isinstance(a, Tensor))))
         for value in tree_iter(out):
             self.see(value)
         return out
@@ -105,7 +111,7 @@ def predict_peak(step: Callable[[], Any], held: Any = (), mode: AbstractContextM
             step()
     finally:
         gc.unfreeze()
-    return Traced(alive.peak, before, alive.now, flops.get_total_flops())
+    return Traced(alive.peak, before, alive.now, flops.get_total_flops(), len(alive.products))
 
 
 def without_weights(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
@@ -160,7 +166,7 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     if plan.train.checkpointing:
         checkpoint_activations(model)
     head = model.get_output_embeddings() if base.kind != "classify" else None
-    selector = HeadSelector(head, block_of(precision.compute)) if head is not None else None
+    selector = HeadSelector(head, block_of(precision.compute, device)) if head is not None else None
     faked = [_faked(part, base, selector, mode, device) for part in parts]
     if selector is not None and base.kind == "causal" and not (plan.train.compile or plan.train.checkpointing):
         Pruner(base.roles, model, selector)

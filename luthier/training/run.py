@@ -120,6 +120,21 @@ def signals(stop: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Interrupted(Exception):
+    """A signal that asked to leave what `interruptible` encloses; its text is the signal's name."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it Ctrl-C and SIGTERM raise Interrupted: for work that has nothing to save."""
+
+    def leave(name: str) -> None:
+        raise Interrupted(name)
+
+    with signals(leave):
+        yield
+
+
 def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True) -> Training:
     """Loads the base and the data, attaches the deltas, proves what can be proven, and resumes if asked."""
     torch.manual_seed(plan.train.seed)
@@ -139,7 +154,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     )
     _check(plan, data)
     pieces = _attach(plan, base)
-    fitted = _fit(plan, base, block_of(precision.compute))
+    fitted = _fit(plan, base, block_of(precision.compute, device))
     selector = fitted.selector
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
     off = reference_of(objective, pieces.handle, pieces.parents)

@@ -17,10 +17,10 @@ Batch = dict[str, Any]
 BLOCK = 32
 
 
-def block_of(dtype: torch.dtype) -> int:
+def block_of(dtype: torch.dtype, device: torch.device) -> int:
     """Positions that go together. On a CPU, bfloat16 products of whole blocks share their compiled kernels; any other number
     of rows has kernels of its own, half a megabyte a product, compiled when it is first seen."""
-    return BLOCK if dtype == torch.bfloat16 else 1
+    return BLOCK if dtype == torch.bfloat16 and device.type in ("cpu", "meta") else 1
 
 
 class HeadSelector:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from luthier.bases.hardware import choose_device, has_bf16, peak_flops, resident_memory, total_memory
 from luthier.bases.load import load_base
 from luthier.data.prepare import prepare
@@ -17,11 +19,15 @@ from luthier.training.goal import objective_of, rows_of
 from luthier.training.precision import precision_of
 from luthier.training.predict import predict_step
 from luthier.training.run import steps_of
+from luthier.training.view import BLOCK, Batch
 
 EFFICIENCY = {"fp32": 0.5, "bf16": 0.33}
 """Share of a bare matrix product's speed that a training step reaches, measured at 29 M parameters on two cores."""
 RUNTIME = 48 << 20
 """Bytes a process takes on a CPU once it trains: thread stacks, kernels' scratch space, the autograd engine."""
+
+KERNEL = 650 << 10
+"""Bytes that a compiled bfloat16 product of one shape takes on a CPU, on average over those of a step."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
     share = _mean_tokens(data, batch.get("pairs", rows)) / tokens if tokens else 1.0
     seconds = steps * plan.train.accumulate * found.step.flops * share / (rate * EFFICIENCY[precision.name])
     memory, peak = total_memory(device), process + found.step.peak
+    if device.type == "cpu" and precision.compute == torch.bfloat16:
+        peak += int(KERNEL * found.step.products * _widths(data, parts, steps, plan, at_once))
     warnings = [*base.notes, *([precision.note] if precision.note else [])]
     if peak > memory:
         warnings.append(
@@ -94,6 +102,25 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
         plan, parameters, found.moving, found.sites, precision.report(), str(device), (rows, length, supervised),
         data.size, steps, peak, found.step.peak, found.step.held, memory, seconds, data.ledger.to_dict(), warnings,
     )  # fmt: skip
+
+
+def _widths(data: Any, parts: list[Batch], steps: int, plan: Plan, at_once: int | None) -> float:
+    """How many numbers of positions the run's forward passes have, for each that those of the longest batch have."""
+
+    def blocks(rows: int, width: int) -> int:
+        return -(-rows * width // BLOCK)
+
+    here = {blocks(*part["input_ids"].shape) for part in parts}
+    if data.train is None or data.spec.packing:
+        return 1.0
+    size, sides = plan.train.batch_size, 2 if "pairs" in parts[0] else 1
+    lengths = sorted((-(-int(n) // sides) for n in data.train.lengths), reverse=True)
+    met: set[int] = set()
+    for at in range(0, len(lengths), size):
+        rows, width = len(lengths[at : at + size]), lengths[at]
+        height = rows if at_once is None else min(rows, max(1, at_once // (sides * width)))
+        met |= {blocks(sides * height, width), blocks(sides * (rows % height or height), width)}
+    return max(1.0, min(len(met), steps * plan.train.accumulate * len(here)) / len(here))
 
 
 def _mean_tokens(data: Any, rows: int) -> float:

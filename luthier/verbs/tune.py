@@ -30,7 +30,7 @@ from luthier.plan.load import load_plan
 from luthier.training.certificate import versions
 from luthier.training.checkpoint import finished, latest
 from luthier.training.lock import locked
-from luthier.training.run import Training, build, plain, signals
+from luthier.training.run import Interrupted, Training, build, interruptible, plain, signals
 from luthier.verbs.push import check_push, push
 
 WRITTEN = ("README.md", "report.html", "report.json", "log.jsonl")
@@ -45,7 +45,14 @@ class Run:
     out: Path
     report: dict[str, Any]
     stopped: str | None = None
-    """Why it ended before its last step, if it did."""
+    """Why it ended before its last step or its report, if it did."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a run that was stopped."""
+        if finished(self.out):
+            return f"the delta is whole: measure it with luthier audit {self.out}"
+        return f"go on with --resume --out {self.out}"
 
     @property
     def verdict(self) -> str:
@@ -68,7 +75,8 @@ def tune(
     plan: a Plan, its dictionary, or a YAML file; `overrides` are 'key.path=value'. out: folder for the delta,
     checkpoints and report; one in use is refused. resume: goes on from its newest checkpoint. dry_run: nothing is
     loaded or trained; gives what would happen (see verbs.dry_run). Gives a Run. A run that was asked to stop (Ctrl-C,
-    SIGTERM) has saved a checkpoint and gives a Run with `stopped` set, without measurements.
+    SIGTERM) has saved a checkpoint and gives a Run with `stopped` set, without measurements; asked while it measures, it
+    leaves its delta whole.
     """
     plan = load_plan(plan, overrides)
     if not os.fspath(out).strip():
@@ -85,7 +93,10 @@ def tune(
         if (folder / name).exists():
             raise LuthierError(f"{folder} holds another model ({name}): choose another --out")
     if finished(folder):
-        raise LuthierError(f"{folder} holds a finished delta: choose another --out, or remove it")
+        unmeasured = (
+            "" if (folder / "report.json").exists() else f" (without a report: luthier audit {folder} measures it)"
+        )
+        raise LuthierError(f"{folder} holds a finished delta{unmeasured}: choose another --out, or remove it")
     if not (folder / ".lock").exists() and (theirs := next((n for n in WRITTEN if (folder / n).exists()), None)):
         raise LuthierError(f"{folder} holds a {theirs} that is of no run: choose another --out")
     first = int(os.environ.get("RANK", "0")) == 0
@@ -137,7 +148,11 @@ def _finish(training: Training, folder: Path, checks: Sequence[Prepared]) -> Run
     found = Audit()
     if plan.audit.enabled and not training.machine.sharded:
         switch = Above(handle, training.pieces.parents)
-        found = audit(base, switch, plan.audit, data=plan.data, seed=plan.train.seed, checks=checks)
+        try:
+            with interruptible():
+                found = audit(base, switch, plan.audit, data=plan.data, seed=plan.train.seed, checks=checks)
+        except Interrupted as asked:
+            return Run(delta, folder, {}, f"{asked} while measuring")
     elif plan.audit.enabled:
         base.notes.append("not measured: the model is sharded; run 'luthier audit' on the delta")
     report = _report(training, delta, found, folder, parameters)

@@ -114,13 +114,18 @@ def one(kind: str, plan: dict, out: Path) -> list[int]:
 ARMS = {
     "lora": {},
     "full": {"delta": [{"choice": "full"}]},
+    "lora bf16": {"train": {"steps": 4, "batch_size": 8, "precision": "bf16", "tokens_at_once": 4096}},
+    "full bf16": {
+        "delta": [{"choice": "full"}],
+        "train": {"steps": 4, "batch_size": 8, "precision": "bf16", "tokens_at_once": 4096},
+    },
     "hft and a prompt": {"delta": [{"choice": "hft"}, {"form": "prompt", "length": 4}]},
     "checkpointing": {"train": {"steps": 2, "batch_size": 8, "precision": "fp32", "checkpointing": True}},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["lora", "full"])
+@pytest.mark.parametrize("arm", ["lora", "full", "lora bf16", "full bf16"])
 def test_the_predicted_peak_is_the_runs_within_a_fifth(arm: str, folder: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("resident memory is read from /proc")

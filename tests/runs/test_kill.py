@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.training import checkpoint
 from luthier.training.lock import locked
@@ -191,6 +193,36 @@ def test_asked_to_stop(number: signal.Signals, world: World, whole: tuple[Path, 
     assert 3 <= steps < 2000 and len((tmp_path / "log.jsonl").read_text().splitlines()) == steps
     training = build(plan, tmp_path, resume=True, progress=False)
     assert training.record["resume_certificate"]["loss_equal"] and training.loop.progress.stopped is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_measuring(number: signal.Signals, world: World, tmp_path: Path) -> None:
+    """The delta is whole and can be measured; the run leaves, and says so."""
+
+    def work() -> None:
+        def audit(*args: Any, **kwargs: Any) -> None:
+            (tmp_path / "measuring").touch()
+            time.sleep(60)
+
+        setattr(sys.modules[tune.__module__], "audit", audit)  # noqa: B010  (only in this child)
+        plan = small(world, audit={"target": [str(world.records)], "items": 2})
+        plan.checkpoint.every = 0
+        result = tune(plan, out=tmp_path / "out", progress=False)
+        (tmp_path / "said").write_text(f"{result.stopped}; {result.remedy}")
+
+    pid = child(work)
+    until = time.monotonic() + 60
+    while not (tmp_path / "measuring").exists() and time.monotonic() < until:
+        time.sleep(0.002)
+    os.kill(pid, number)
+    assert ended(pid) == 0
+    out = tmp_path / "out"
+    assert (tmp_path / "said").read_text() == (
+        f"{number.name} while measuring; the delta is whole: measure it with luthier audit {out}"
+    )
+    assert Delta.load(out).pieces and not (out / "report.json").exists()
+    with pytest.raises(LuthierError, match="without a report: luthier audit"):
+        tune(small(world), out=out, resume=True, progress=False)
 
 
 def test_second_signal_ends_at_once(world: World, tmp_path: Path) -> None:

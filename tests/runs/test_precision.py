@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.delta import FORMS
 from luthier.errors import LuthierError
 from luthier.plan.load import load_plan
 from luthier.training.precision import precision_of
 from luthier.training.run import Training, build
+from luthier.training.view import BLOCK
 from luthier.verbs.tune import _probes
 from tests.runs.support import World, run
 
@@ -170,3 +172,37 @@ def test_a_moved_weight_is_read_anew_when_a_delta_goes_off_within_one_autocast(w
             within.append(logits())
     assert float((tuned - untuned).abs().max()) > 0.5
     assert all(torch.equal(a, b) for a, b in zip(within, (tuned, untuned, tuned), strict=True))
+
+
+@pytest.mark.parametrize("form", [n for n in FORMS if FORMS[n].at != "base"])
+def test_every_form_trains_in_bfloat16(form: str, world: World, tmp_path: Path) -> None:
+    """Through the feed of a whole run: batches filled up to blocks, cut and padded."""
+    plan = world.plan({"form": form}, train={"precision": "bf16", "steps": 2}, checkpoint={"every": 0})
+    done = run(plan, tmp_path)
+    assert len(done.losses) == 2 and all(0 < x < 20 for x in done.losses)
+
+
+def test_filled_up_batches_keep_the_causal_kernel(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask is made for them, as none is for batches that are not."""
+    seen: set[tuple[bool, bool, int]] = set()
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q: Any, k: Any, v: Any, attn_mask: Any = None, **rest: Any) -> Any:
+        seen.add((attn_mask is None, rest.get("is_causal", False), q.shape[0] * q.shape[2] % BLOCK))
+        return real(q, k, v, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    run(world.plan(LORA, train={"precision": "bf16"}, checkpoint={"every": 0}), tmp_path)
+    assert seen == {(True, True, 0)}
+
+
+def test_positions_are_not_filled_up_beyond_a_table_of_them(world: World, tmp_path: Path) -> None:
+    """GPT-2's has 100 places here; a batch of that width stays as it is."""
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"text": "' + "a" * 200 + '"}\n')
+    base = str(world.base("gpt2", n_positions=100))
+    data = {"train": str(path), "max_length": 100}
+    plan = world.plan(LORA, base=base, data=data, train={"precision": "bf16", "steps": 1, "batch_size": 1})
+    assert len(run(plan, tmp_path / "out").losses) == 1
