@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from luthier.algebra.pairs import one_vocabulary
-from luthier.attach.weights import oriented
+from luthier.algebra.pieces import Touch, put_on
 from luthier.bridge.checkpoint import Checkpoint
-from luthier.delta import No, Site, State
+from luthier.delta import No, Site
 from luthier.delta.artefact import Delta, Piece
 from luthier.errors import LuthierError
 
@@ -85,37 +85,21 @@ class OfDelta:
                     names.add(f"{site.name}.bias")
                 for name in names:
                     self._at.setdefault(name, []).append((piece, key, site))
-        for rows in self._at.values():
-            rows.sort(key=lambda row: (row[0].form.at != "base", row[0].form.at != "weight"))
+
+    def names(self) -> list[str]:
+        """The base's parameters that the delta may change."""
+        return [name for name in self._at if name in self.base.items]
 
     def moved(self, name: str) -> bool:
         return name in self._at
 
     def tuned(self, name: str) -> Tensor:
-        now: Tensor = self.base.tensor(name)
-        began = now
-        for piece, key, site in self._at.get(name, ()):
-            p, fixed = piece.p.get(key, {}), piece.fixed.get(key, {})
-            if piece.form.at == "base":
-                edited: Tensor = piece.form.edit(now, State(site, p, fixed, lambda now=now: now))  # pyright: ignore
-                now = edited if piece.scale == 1 else now.float() + piece.scale * (edited.float() - now.float())
-                continue
-            own = name == f"{site.name}.{site.parameter}"
-            seen = began if piece.form.at == "weight" else now
-            weight = seen if own else self.base.tensor(f"{site.name}.{site.parameter}")
-            bias = (seen if not own else self._bias(site)) if site.bias else None
-            state = State(site, p, fixed, lambda w=weight, s=site: oriented(w.float(), s), bias)
-            change = piece.form.delta(state)
-            if isinstance(change, No):
-                raise LuthierError(f"piece '{piece.name}' at {site.name}: {change.reason}")
-            part = "weight" if own and site.parameter != "bias" else "bias"
-            if part in change:
-                value = oriented(change[part], site) if part == "weight" else change[part]
-                now = now.float() + piece.scale * value
-        return now
+        rows = self._at.get(name, ())
+        touches = [Touch(q.name, q.form, q.scale, s, q.p.get(k, {}), q.fixed.get(k, {})) for q, k, s in rows]
+        return put_on(name, self.base.tensor(name), touches, self._read)
 
-    def _bias(self, site: Site) -> Tensor:
-        return self.base.tensor(f"{site.name}.bias").float()
+    def _read(self, name: str) -> Tensor | None:
+        return self.base.tensor(name) if name in self.base else None
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:

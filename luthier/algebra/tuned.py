@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from luthier.algebra.checkpoints import Checkpoint, Source, mark_of
+from luthier.algebra.pieces import Touch, put_on
 from luthier.algebra.tensors import Files, Place, read_places
-from luthier.attach.weights import oriented
-from luthier.delta import FORMS, Form, No, Site, State
+from luthier.delta import FORMS, Form, No, Site
 from luthier.delta.artefact import Delta
 from luthier.delta.header import read_header, site_of
 from luthier.errors import LuthierError
@@ -67,8 +67,6 @@ class Tuned(Source):
             for key, site in sites.items():
                 own = key if form.at == "base" else f"{site.name}.{site.parameter}"
                 self._touch(_Touch(piece, form, scale, key, site), own)
-        for touches in self._touches.values():
-            touches.sort(key=lambda t: t.form.at != "weight")
 
     def _touch(self, touch: _Touch, parameter: str) -> None:
         tied = self.base.tied and parameter not in self.base.places
@@ -141,46 +139,16 @@ class Tuned(Source):
         return out
 
     def _tuned(self, name: str) -> Tensor:
+        touches = [Touch(t.piece, t.form, t.scale, t.site, *self._read_numbers(t)) for t in self._touches[name]]
         stored = self.base.read(self._origin(name))
-        part = name.rpartition(".")[2]
-        total: Tensor | None = None
-        for touch in self._touches[name]:
-            site = touch.site
-            numbers, fixed = self._read_numbers(touch)
-            edit: Any = getattr(touch.form, "edit", None)
-            if touch.form.at == "base":
-                now = stored if total is None else total
-                total = edit(now, State(site, numbers, fixed, lambda now=now: now))
-                continue
-            chained = touch.form.at != "weight"
-            w_name = f"{site.name}.{site.parameter}"
+        try:
+            made = put_on(name, stored, touches, self._other, self.rounded)
+        except LuthierError as e:
+            raise LuthierError(f"{self.name}: {e}") from e
+        return made.to(self.dtype(name)).contiguous()
 
-            def weight(w_name: str = w_name, site: Site = site, chained: bool = chained, now: Any = total) -> Tensor:
-                if w_name == name:
-                    return oriented((now if chained and now is not None else stored).float(), site)
-                return oriented(self.base.read(self._origin(w_name)).float(), site)
-
-            bias = f"{site.name}.bias"
-            held = self.base.read(bias).float() if bias in self.base.places else None
-            if held is not None and chained and bias == name and total is not None:
-                held = total
-            change = touch.form.delta(State(site, numbers, fixed, weight, held))
-            if isinstance(change, No):
-                raise LuthierError(f"{self.name}: piece '{touch.piece}' at {site.name}: {change.reason}")
-            if "bias" in change and held is None and bool(change["bias"].any()):
-                raise LuthierError(
-                    f"{self.name}: piece '{touch.piece}' needs a bias at {site.name}, which the base lacks: 'luthier export' "
-                    "it to a checkpoint and name that"
-                )
-            own = "bias" if part == "bias" and site.parameter != "bias" else "weight"
-            if own not in change:
-                continue
-            value = (oriented(change[own], site) if own == "weight" else change[own]) * touch.scale
-            if self.rounded:
-                total = (stored if total is None else total) + value.reshape(stored.shape).to(stored.dtype)
-            else:
-                total = (stored.float() if total is None else total.float()) + value.reshape(stored.shape)
-        return (stored if total is None else total).to(self.dtype(name)).contiguous()
+    def _other(self, name: str) -> Tensor | None:
+        return self.base.read(self._origin(name)) if name in self else None
 
     def _read_numbers(self, touch: _Touch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._memory is not None:

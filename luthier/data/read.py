@@ -245,6 +245,10 @@ def practice(source: SourceSpec) -> Opened:
     names = list(world.families()) if names == ["all"] else names
     if not names:
         raise LuthierError(f"data source {source.path}: name a family; families: {', '.join(world.families())}")
+    if unknown := next((n for n in names if n not in world.families()), None):
+        raise LuthierError(
+            f"data source {source.path}: unknown family {unknown!r}; {nearest(unknown, world.families(), 'familie')}"
+        )
     if source.subset not in (None, PREFERENCES):
         raise LuthierError(
             f"data source {source.path} has no subset {source.subset!r}; {nearest(source.subset, [PREFERENCES], 'subset')}"
@@ -254,8 +258,7 @@ def practice(source: SourceSpec) -> Opened:
     def of(name: str, n: int) -> Iterator[dict[str, Any]]:
         if source.subset is None:
             return world.records(name, split=source.split, n=n)
-        annotators = importlib.import_module("luthier.practice.oracles.annotators")
-        return iter(annotators.pairs(name, n, annotators.Annotator(), split=source.split))
+        return world.preferences(name, split=source.split, n=n)
 
     def make() -> Iterator[Raw]:
         share = -(-total // len(names))

@@ -103,6 +103,13 @@ def records(
     return drawn if n is None else _first(drawn, n, f"{family}, split {split}, from {start}")
 
 
+def preferences(family: str, split: str = "train", n: int = 1) -> Iterator[Record]:
+    """n preference records {prompt, chosen, rejected, …}: two answers to each record, as an honest annotator prefers them
+    (``oracles.annotators``, where others are)."""
+    annotators = importlib.import_module("luthier.practice.oracles.annotators")
+    return iter(annotators.pairs(family, n, annotators.Annotator(), split=split))
+
+
 def verify(record: Record, response: str) -> Verdict:
     """What the record's family says of a response. Raises LuthierError for a record that is not of this world."""
     name, answer, prompt = _checked(record)

@@ -11,9 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from luthier.algebra.changes import OfDelta
+from luthier.algebra.checkpoints import Checkpoint as Stored
 from luthier.algebra.dense import to_dense
+from luthier.algebra.tuned import Tuned
 from luthier.attach import attached
-from luthier.attach.sites import sites_for
+from luthier.attach.sites import parameter_items, sites_for
 from luthier.bases.load import quiet as silent
 from luthier.bases.roles import Roles
 from luthier.bridge.checkpoint import Checkpoint
@@ -116,5 +119,36 @@ def test_what_is_no_change_of_weights(place: Path) -> None:
 
 
 def test_a_bias_that_the_base_lacks(place: Path) -> None:
-    with pytest.raises(LuthierError, match="o_proj.bias, which .* does not have"):
+    with pytest.raises(LuthierError, match="needs a bias at .*o_proj, which the base lacks"):
         to_dense(delta_of("bias", 0, "qwen2"), saved(place, "qwen2"))
+
+
+def test_pieces_of_every_kind_at_one_weight(place: Path) -> None:
+    """What moves the base, what is added to weights and what chains, in whatever order they were attached: a checkpoint with
+    the delta on it, exact differences, and the folded model hold the same weights."""
+    base = saved(place, "llama")
+    model = tiny("llama")
+    handle = attached(model)
+    sites = parameter_items(Roles(model), model)
+    for k, name in enumerate(("projection", "dora", "lora")):
+        form = FORMS.make(name, {})
+        handle.add(handle.build(name, form, sites_for(Roles(model), form), k))
+        shove(handle, name, 0.02)
+    handle.move("full", {n: None for n in sites if "norm" not in n and "embed" not in n})
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for edit in handle.edits["full"].values():
+            edit.parameter.add_(0.02 * torch.randn(edit.parameter.shape, generator=draw))
+    delta = handle.delta(sites)
+    assert [p.name for p in delta.pieces] == ["projection", "dora", "lora", "full"]
+    folder = place / "every-kind"
+    delta.save(folder)
+    handle.fold()
+    wanted = {n: p.detach() for n, p in model.named_parameters() if ".luthier." not in n}
+    held = Tuned(Stored(place / "llama"), folder)
+    told, exact = OfDelta(base, delta), tiny("llama")
+    to_dense(delta, base).apply(exact)
+    dense = exact.state_dict()
+    for name in sites:
+        for found in (held.read(name), told.tuned(name), dense[name]):
+            assert torch.allclose(found.float(), wanted[name], atol=1e-6), name

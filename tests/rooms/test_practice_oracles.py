@@ -12,7 +12,9 @@ from itertools import product
 
 import pytest
 
+from luthier.data.read import Cursor, open_source
 from luthier.errors import LuthierError
+from luthier.plan.schema import DataSpec
 from luthier.practice import world
 from luthier.practice.contract import said
 from luthier.practice.draw import Draw
@@ -475,3 +477,15 @@ def test_no_slip_of_the_pen_could_be_of_two_words():
             draw = Draw(f"slips/{word}")
             for slip in {repairs._slip(draw, word) for _ in range(120)}:
                 assert slip != word and owner.setdefault(slip, word) == word
+
+
+def test_preferences_are_a_source_of_a_plan():
+    """`subset: preferences`: pairs that an honest annotator made, read as comparisons; another subset is named."""
+    spec = DataSpec.model_validate({"train": {"path": "practice:lists", "subset": "preferences", "limit": 20}})
+    found = [raw.fields for raw, _ in open_source(spec.train[0]).rows(Cursor())]
+    assert [(f["chosen"], f["rejected"]) for f in found] == [
+        (p["chosen"], p["rejected"]) for p in annotators.pairs("lists", 20, annotators.Annotator())
+    ]
+    assert sum(f["gold"][0] >= f["gold"][1] for f in found) > 12
+    with pytest.raises(LuthierError, match="no subset 'preference'.*preferences"):
+        open_source(spec.train[0].model_copy(update={"subset": "preference"}))
