@@ -17,7 +17,7 @@ from luthier.plan.load import override, read_plan
 from luthier.plan.problems import first_problem
 from luthier.plan.schema import Plan
 
-VERBS = ("tune", "merge", "compress", "edit", "port", "assemble", "audit")
+VERBS = ("tune", "merge", "compress", "edit", "port", "diff", "assemble", "audit")
 """What a stage can do; the mapping under the verb is the verb's own plan."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 from luthier.delta.folder import refuse_existing
 from luthier.delta.header import read_header
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, nearest
 from luthier.measuring.report import replace_text
 from luthier.plan.stages import Stage, load_stages, references, resolved
 from luthier.training.lock import locked
@@ -130,9 +131,24 @@ def _run(
             shutil.rmtree(out)
         if stage.verb == "audit":
             return _audit(settings, stages, folders, out)
+        if stage.verb == "diff":
+            return _diff(settings, out)
         return getattr(importlib.import_module(f"luthier.verbs.{stage.verb}"), stage.verb)(settings, out=out)
     except LuthierError as e:
         raise LuthierError(f"stage '{stage.name}': {e}") from e
+
+
+def _diff(settings: Mapping[str, Any], out: Path) -> Any:
+    """The delta between two checkpoints; the settings are the verb's own."""
+    from luthier.verbs.diff import diff
+
+    known = [name for name in inspect.signature(diff).parameters if name != "out"]
+    for key in settings:
+        if key not in known:
+            raise LuthierError(f"diff: unknown key '{key}': {nearest(key, known, 'key')}")
+    if missing := [key for key in known[:2] if key not in settings]:
+        raise LuthierError(f"diff: states no {missing[0]}: write diff: {{base: …, tuned: '@name of a stage'}}")
+    return diff(**settings, out=out)
 
 
 def _audit(settings: dict[str, Any], stages: Sequence[Stage], folders: Mapping[str, Path], out: Path) -> Any:
