@@ -53,8 +53,9 @@ class SlowWeights(_Average):
     """Momentum-based weight interpolation: s ← m s + (1 − m) w after every `every` steps, s started at the base.
 
     The run trains the fast weights w as always and ends with the slow ones: no pass and no gradient more. Of a delta
-    whose numbers are factors, the factors are averaged (our reading). Our reading: a stream of tasks is a chain of runs,
-    so that at each new task the fast weights start from the slow ones; the paper's train on.
+    whose numbers are factors, the factors are averaged (our reading). A stream of tasks is one run over their sources in
+    order (`data.shuffle: false`, `bucket: 1`), so that the fast weights train on from task to task, as in the paper; in a
+    chain of runs each would start from the slow ones.
     Source: Stojanovski et al. 2022 (P405).
     """
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from luthier.attach.attached import Above, Attached
+import torch
+
+from luthier.attach.edits import assign
+from luthier.attach.weights import gathered
 from luthier.delta import OBJECTIVES
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
+from luthier.training.pieces import Pieces
 
 OBJECTIVE_OF = {("sft", "classify"): "classification"}
 """sft on a base of another kind means that base's own loss."""
@@ -31,6 +36,35 @@ def rows_of(objective: Any, kind: str) -> str:
     return getattr(objective, "rows", kind)
 
 
-def reference_of(objective: Any, handle: Attached, parents: Collection[str]) -> Callable[[], Any] | None:
-    """Hides what trains, where the objective needs to see the base as the run met it."""
-    return Above(handle, frozenset(parents)).off if "reference" in objective.needs else None
+class Began:
+    """The model as a run met it: earlier deltas on, what trains off, or, where that goes on from an earlier delta, at the
+    numbers it began with. To be made before anything moves."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.handle, started = pieces.handle, pieces.started
+        self.kept = pieces.parents | started
+        numbers = [v for n in started for q in self.handle.placed.get(n, ()) for v in q.state.p.values()]
+        self.edits = [e for n in started for e in self.handle.edits.get(n, {}).values()]
+        self.first = [(v, v.detach().clone()) for v in numbers]
+        self.first_edits = [gathered(e.parameter.detach()).clone() for e in self.edits]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within it the model is that; afterwards all is as it was."""
+        places = [(v, first) for v, first in self.first]
+        places += [(e.parameter, first) for e, first in zip(self.edits, self.first_edits, strict=True)]
+        with self.handle.off(keep=self.kept), torch.no_grad():
+            held = [gathered(place.detach()).clone() for place, _ in places]
+            for place, first in places:
+                assign(place, first)
+            torch.clear_autocast_cache()
+            try:
+                yield
+            finally:
+                for (place, _), value in zip(places, held, strict=True):
+                    assign(place, value)
+
+
+def reference_of(objective: Any, pieces: Pieces) -> Callable[[], Any] | None:
+    """Puts the model back to what the run met, where the objective needs to see that."""
+    return Began(pieces).off if "reference" in objective.needs else None

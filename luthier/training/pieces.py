@@ -43,6 +43,8 @@ class Pieces:
     seed: int
     parents: frozenset[str] = frozenset()
     """Frozen pieces of earlier deltas that this run stands on."""
+    started: set[str] = field(default_factory=set)
+    """Those that go on from an earlier delta."""
     chosen: list[Chosen] = field(default_factory=list)
     rates: dict[str, Rates] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class Pieces:
                 name, k = f"{stem}-{k}", k + 1
             taken.add(name)
             self.rates[name] = Rates(spec.lr, spec.weight_decay)
+            self.started |= {name} if spec.start_from else set()
             if spec.form:
                 self._form(name, spec)
             else:

@@ -171,7 +171,7 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     if selector is not None and base.kind == "causal" and not (plan.train.compile or plan.train.checkpointing):
         Pruner(base.roles, model, selector)
     objective = objective_of(plan, base.kind)
-    off = reference_of(objective, handle, pieces.parents)
+    off = reference_of(objective, pieces)
     with mode:
         optimiser = make_optimiser(handle, plan.train, pieces.rates)
     model.train()

@@ -157,7 +157,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     fitted = _fit(plan, base, block_of(precision.compute, device))
     selector = fitted.selector
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
-    off = reference_of(objective, pieces.handle, pieces.parents)
+    off = reference_of(objective, pieces)
 
     def view(batch: Any) -> View:
         pieces.handle.ctx.columns, pieces.handle.ctx.segments = batch, batch.get("segments")

@@ -148,6 +148,29 @@ def test_the_reference_keeps_earlier_deltas(world: World, tmp_path: Path) -> Non
     assert not torch.allclose(training.loop.view(whole(training)).reference.logprobs, said)
 
 
+@pytest.mark.parametrize("delta", [LORA, FULL], ids=["lora", "full"])
+def test_the_reference_is_where_a_run_goes_on_from(delta: Any, world: World, tmp_path: Path) -> None:
+    """What goes on from an earlier delta is held to that delta, not to the bare base; also once it is resumed."""
+    first = tune(plan_of("sft", world, tmp_path, delta), out=tmp_path / "first", progress=False)
+    plan = plan_of("dpo", world, tmp_path, {**delta, "start_from": str(tmp_path / "first")})
+    training = build(plan, tmp_path / "second", progress=False)
+    training.base.model.eval()
+    batch = whole(training)
+    then = training.loop.view(batch).logprobs.detach().clone()
+    bare = build(plan_of("dpo", world, tmp_path, delta), tmp_path / "bare", progress=False)
+    bare.base.model.eval()
+    assert first.delta.pieces and not torch.allclose(bare.loop.view(batch).logprobs, then)
+    done = run(plan, tmp_path / "out")
+    assert done.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    train(training.loop)
+    training.base.model.eval()
+    assert torch.equal(training.loop.view(batch).reference.logprobs, then)
+    again = build(plan, tmp_path / "out", resume=True, progress=False)
+    again.base.model.eval()
+    view = again.loop.view(batch)
+    assert not torch.allclose(view.logprobs, then) and torch.equal(view.reference.logprobs, then)
+
+
 @pytest.mark.parametrize("delta", [LORA, FULL, [LORA, {"form": "ia3"}]], ids=["lora", "full", "two"])
 def test_preference_loss_starts_at_ln_2(delta: Any, world: World, tmp_path: Path) -> None:
     done = run(plan_of("dpo", world, tmp_path, delta, train={"steps": 1}), tmp_path / "out")
