@@ -11,6 +11,7 @@ import torch
 
 from luthier.bases.hardware import peak_memory
 from luthier.data.collate import Collate
+from luthier.delta import No
 from luthier.errors import LuthierError
 from luthier.training import checkpoint
 from luthier.training.feed import ready
@@ -89,6 +90,8 @@ def known_answers(training: Training) -> dict[str, Any]:
     out["small batches = one large"] = _accumulation(training, rows)
     if training.plan.data.packing:
         out["packed = unpacked"] = _packing(training, rows)
+    if training.loop.view(_batch(training, [[rows[0]]])).off is not None:
+        out["starts at its reference"] = _reference(training, rows)
     return out
 
 
@@ -135,12 +138,25 @@ def _packing(training: Training, rows: list[Any]) -> dict[str, Any]:
     return _verdict("packed and unpacked records", packed, alone, training)
 
 
+def _reference(training: Training, rows: list[Any]) -> dict[str, Any]:
+    """Before step one a model says what its reference says: preference loss is ln 2 then. Forms that are no identity at
+    their start are let off."""
+    with torch.no_grad(), training.machine.precision.context(training.machine.device):
+        view = training.loop.view(training.machine.to_device(_batch(training, [[row] for row in rows])))
+        now, then = view.logprobs, view.reference.logprobs
+    fresh = [p for n, p in training.handle.pieces.items() if n not in training.pieces.parents | training.pieces.started]
+    if any(isinstance(p.form.identity, No) for p in fresh):
+        return {"ok": True, "error": float((now - then).norm() / then.norm()), "allowed": None}
+    return _verdict("the model and its reference", now, then, training)
+
+
 def _verdict(what: str, a: torch.Tensor, b: torch.Tensor, training: Training) -> dict[str, Any]:
     precision = training.machine.precision
     allowed = TOLERANCE[precision.autocast or precision.base]
     error = float((a - b).norm() / b.norm().clamp(min=1e-30))
     if error > allowed:
         raise LuthierError(
-            f"{what} differ by {error:.1e} on this base (allowed {allowed:.0e}): set data.packing: false, or report this architecture"
+            f"{what} differ by {error:.1e} on this base (allowed {allowed:.0e}): set data.packing: false, or report this "
+            "architecture"
         )
     return {"ok": True, "error": error, "allowed": allowed}

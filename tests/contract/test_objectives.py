@@ -16,6 +16,7 @@ from luthier.data.collate import Collate
 from luthier.delta import OBJECTIVES
 from luthier.errors import LuthierError
 from luthier.training.feed import ready, split
+from luthier.training.goal import Began
 from luthier.training.loop import train
 from luthier.training.proof import first_rows
 from luthier.training.run import Training, build
@@ -169,6 +170,17 @@ def test_the_reference_is_where_a_run_goes_on_from(delta: Any, world: World, tmp
     again.base.model.eval()
     view = again.loop.view(batch)
     assert not torch.allclose(view.logprobs, then) and torch.equal(view.reference.logprobs, then)
+
+
+def test_a_wrong_reference_is_caught(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bare base in place of the delta that a run goes on from, as trainers of adapters take it."""
+    tune(plan_of("sft", world, tmp_path, LORA), out=tmp_path / "first", progress=False)
+    plan = plan_of("dpo", world, tmp_path, {**LORA, "start_from": str(tmp_path / "first")})
+    known = build(plan, tmp_path / "right", progress=False).record["known_answers"]
+    assert known["starts at its reference"] == {"ok": True, "error": 0.0, "allowed": 2e-3}
+    monkeypatch.setattr(Began, "off", lambda self: self.handle.off())
+    with pytest.raises(LuthierError, match="the model and its reference differ by"):
+        build(plan, tmp_path / "wrong", progress=False)
 
 
 @pytest.mark.parametrize("delta", [LORA, FULL, [LORA, {"form": "ia3"}]], ids=["lora", "full", "two"])
