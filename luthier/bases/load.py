@@ -237,8 +237,12 @@ def _judge_keys(spec: BaseSpec, model: nn.Module, info: dict[str, Any], notes: l
             f"base {spec.name}: shapes in the checkpoint differ from config.json for {_some(bad)}; fetch it again"
         )
     if bad := missing - fresh:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+        family = getattr(getattr(model, "config", None), "model_type", None)
+        remedy = "; of an encoder, state base.kind: classify" if spec.kind == "causal" and family in ENCODERS else ""
         raise LuthierError(
-            f"base {spec.name}: the checkpoint lacks {_some(bad)}; it is not whole, or not a {spec.kind} model"
+            f"base {spec.name}: the checkpoint lacks {_some(bad)}; it is not whole, or not a {spec.kind} model{remedy}"
         )
     if extra:
         raise LuthierError(

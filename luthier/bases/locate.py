@@ -35,7 +35,8 @@ def locate(spec: BaseSpec, weights: bool = True) -> Path:
         raise LuthierError(f"base {spec.name}: is a file; name the folder that holds it")
     if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or "\\" in spec.name:
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise LuthierError(f"base {spec.name}: no such folder; {nearest(folder.name, near, 'folder')}")
+        remedy = nearest(folder.name, near, "folder") if near else "correct base.name, or give a hub name"
+        raise LuthierError(f"base {spec.name}: no such folder; {remedy}")
     return _from_hub(spec, weights)
 
 

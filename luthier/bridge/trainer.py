@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from luthier.bases.hardware import peak_memory, reset_peak
 from luthier.bridge.target import kind_of, logits_of
+from luthier.delta.folder import UNWRITABLE, unwritten
 from luthier.delta.probes import check_probes, record_probes
 from luthier.errors import LuthierError
 
@@ -117,7 +118,8 @@ class LuthierCallback(TrainerCallback):
         self._write(args, state)
         if state.is_world_process_zero:
             tensors = {k: v.contiguous() for k, v in stored.items()}
-            save_file(tensors, Path(args.output_dir) / "luthier-probes.safetensors")
+            with _told(args, state):
+                save_file(tensors, Path(args.output_dir) / "luthier-probes.safetensors")
         if verdict.gap == 0:
             raise LuthierError(
                 f"after {state.global_step} steps the model answers exactly as before: nothing was trained; check which "
@@ -177,10 +179,20 @@ class LuthierCallback(TrainerCallback):
 
     def _write(self, args: Any, state: Any) -> None:
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(args.output_dir) / "luthier.json").write_text(
-                json.dumps(self.report, indent=1) + "\n", encoding="utf-8"
-            )
+            text = json.dumps(self.report, indent=1) + "\n"
+            with _told(args, state):
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                (Path(args.output_dir) / "luthier.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _told(args: Any, state: Any) -> Iterator[None]:
+    """Makes one line of a write that fails."""
+    try:
+        yield
+    except UNWRITABLE as e:
+        taken = f"{state.global_step} steps were taken, and the model in memory is as they left it"
+        raise unwritten(f"luthier's files in {args.output_dir}", e, taken) from e
 
 
 @contextmanager

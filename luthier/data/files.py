@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -116,7 +116,7 @@ def jsonl_rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None)
     for number, (line, after) in enumerate(lines(path, byte), first):
         if line.strip():
             any_row, where = True, f"{path}:{number}"
-            text = decoded(line, path, number, start)
+            text = decoded(line, path, number, start).rstrip()  # so that a line cut short breaks in its last column
             try:
                 value = from_json(text, where)
             except json.JSONDecodeError as e:
@@ -201,12 +201,26 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:6]) + (" …" if len(names) > 6 else "")
 
 
+def columnar(value: dict[str, Any]) -> bool:
+    """Whether an object is a table by columns: lists of one length, or objects with the same keys, as pandas writes it."""
+    held = list(value.values())
+    if all(isinstance(v, list) for v in held):
+        return len({len(v) for v in held}) == 1 and bool(held[0]) and not any(isinstance(v[0], dict) for v in held)
+    return len(held) > 1 and all(isinstance(v, dict) for v in held) and len({tuple(v) for v in held}) == 1
+
+
 def json_array(path: Path) -> list[Any]:
-    text = whole(path)
+    text = whole(path).rstrip()
     try:
         value = from_json(text, str(path))
     except json.JSONDecodeError as e:
         raise LuthierError(f"{path}:{e.lineno}: broken JSON, {e.msg.removesuffix(' at')} at column {e.colno}") from e
+    if isinstance(value, dict) and columnar(value):
+        first = ", ".join(f'"{k}": …' for k in list(value)[:3])
+        raise LuthierError(
+            f"{path} holds the columns {_few(sorted(value))}, not records: write one record a line, {{{first}}} (with pandas "
+            'to_json(orient="records", lines=True))'
+        )
     if isinstance(value, dict):
         lists = [k for k, v in value.items() if isinstance(v, list)]
         hint = f"write the array under {lists[0]!r} alone" if lists else "wrap the record in [ ]"
@@ -266,31 +280,41 @@ def text_count(path: Path, pattern: re.Pattern[str] | None) -> int:
     return filled_lines(path, pattern) if pattern else sum(1 for _ in paragraphs(path, 0))
 
 
+def separated_by(header: Iterable[str]) -> str:
+    """What to do where one column's name holds another separator than the table's; empty where that is not so."""
+    names = list(header)
+    found = next((s for s in ";\t|," if len(names) == 1 and s in names[0]), None)
+    return f"its cells seem to be separated by {found!r}: write it with ',' (.csv) or tabs (.tsv)" if found else ""
+
+
 def separated(delimiter: str) -> Reader:
     """Values with a header line, read a line at a time; a row with another number of cells than the header is an error."""
 
     def rows(path: Path, row: int, byte: int, pattern: re.Pattern[str] | None) -> Iterator[Raw]:
         csv.field_size_limit(min(sys.maxsize, 1 << 31 - 1))
-        reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
+        reader, last = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True), 0
         try:
             header, index = next((cells for cells in reader if any(map(str.strip, cells))), None), 0
+            last = reader.line_num
             if header is None:
                 raise LuthierError(f"{path} is empty: give a file with records in it")
             if twice := sorted({c for c in header if c and header.count(c) > 1}):
                 raise LuthierError(f"{path}: the header names the column {twice[0]!r} twice; rename one of them")
             for cells in reader:
+                where, last = f"{path}:{last + 1}", reader.line_num
                 if not cells:
                     continue
                 index += 1
-                where = f"{path}:{reader.line_num}"
                 if len(cells) != len(header):
+                    hint = separated_by(header)
                     raise LuthierError(
                         f"{where}: {len(cells)} cells where the header has {len(header)} ({', '.join(header)})"
+                        f"{hint and f'; {hint}'}"
                     )
                 if index > row:
                     yield Raw(dict(zip(header, cells, strict=True)), where)
         except csv.Error as e:
-            raise LuthierError(f"{path}:{reader.line_num}: broken table, {e}; quote the cell or mend the line") from e
+            raise LuthierError(f"{path}:{last + 1}: broken table, {e}; quote the cell or mend the line") from e
 
     return Reader(rows, lambda path, pattern: sum(1 for _ in rows(path, 0, 0, None)))
 

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
+from luthier.data.files import separated_by
 from luthier.data.read import Record
 from luthier.errors import LuthierError, nearest
 
@@ -24,7 +25,8 @@ class Example:
     messages: the turns, without our own keys; weights: for each turn its stated loss weight, None where the plan decides.
     rejected, rejected_weights: the same for the worse answer of a comparison (messages holds the better one).
     plain: (prompt, completion) as one string each, for tokenizers without a chat template; plain_rejected alike.
-    text, text_pair, label: for running text and classification. weight: of the whole record. extra: unused columns.
+    text, text_pair, label: for running text and classification. weight: of the whole record.
+    wanted: False for an answer that its record labels as an undesirable one. extra: unused columns.
     """
 
     where: str
@@ -41,6 +43,7 @@ class Example:
     options: dict[str, Any] = field(default_factory=dict)
     answer: str | None = None
     weight: float = 1.0
+    wanted: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -116,7 +119,10 @@ def turns(value: Any, column: str, where: str) -> tuple[list[Message], list[floa
     ):
         at = f"{column}[{number}]"
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise wrong(where, at, turn, "an object with a 'role' and a 'content'")
+            hint = f"; for turns with from and value, state columns: {{conversations: {column}}}"
+            raise wrong(
+                where, at, turn, f"an object with a 'role' and a 'content'{hint if spoken([turn], 'from') else ''}"
+            )
         message = {k: v for k, v in turn.items() if v is not None and k not in ("weight", "loss")}
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
@@ -237,7 +243,8 @@ def from_sharegpt(fields: Mapping[str, Any], where: str) -> Example:
     for number, turn in enumerate(a_list(fields["conversations"], "conversations", where)):
         at = f"conversations[{number}]"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise wrong(where, at, turn, "an object with 'from' and 'value'")
+            hint = "; for turns with a role, state columns: {messages: conversations}"
+            raise wrong(where, at, turn, f"an object with 'from' and 'value'{hint if spoken([turn], 'role') else ''}")
         speaker, value = turn["from"], a_string(turn, "value", f"{where}: {at}")
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise LuthierError(
@@ -310,16 +317,35 @@ GUESSES = {
 """Columns that often mean ours; only proposed in the error, never taken silently."""
 
 
+def mapping(columns: Mapping[str, Any]) -> str:
+    """The mapping that would make a record's columns a known shape, as far as names and values tell; empty where not."""
+    for theirs, value in columns.items():
+        for key, ours in (("role", "messages"), ("from", "conversations")):
+            if theirs != ours and spoken(value, key):
+                return f"if it is a conversation, state columns: {{{ours}: {theirs}}}"
+    guess = {
+        ours: ours if ours in columns else next((t for t in theirs if t in columns), None)
+        for ours, theirs in GUESSES.items()
+    }
+    if not all(guess.values()):
+        return ""
+    stated = ", ".join(f"{ours}: {theirs}" for ours, theirs in guess.items() if ours != theirs)
+    return f"if it is question and answer, state columns: {{{stated}}}"
+
+
+def spoken(value: Any, key: str) -> bool:
+    """Whether a value is a list of turns that have this key, also as JSON in a cell of a table."""
+    if isinstance(value, str):
+        return re.match(rf'\[\s*{{\s*"{key}"\s*:', value) is not None
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and key in value[0]
+
+
 def recognise(columns: Mapping[str, Any], where: str) -> str:
     """The shape of a record by its columns; an error that proposes a mapping when there is none."""
     for name, known in SHAPES.items():
         if known.needs <= columns.keys():
             return name
-    guess = {ours: next((t for t in theirs if t in columns), None) for ours, theirs in GUESSES.items()}
-    if all(guess.values()):
-        hint = f"if it is question and answer, state columns: {{prompt: {guess['prompt']}, completion: {guess['completion']}}}"
-    else:
-        hint = "map them with columns: {ours: theirs}"
+    hint = separated_by(columns) or mapping(columns) or "map them with columns: {ours: theirs}"
     looked = "; ".join(" + ".join(sorted(s.needs)) for s in SHAPES.values())
     raise LuthierError(f"{where}: columns {', '.join(columns) or 'none'} are no known record shape ({looked}); {hint}")
 
@@ -345,7 +371,14 @@ def example(record: Record, form: str) -> Example:
         made.weight = a_number(fields["weight"], "weight", where)
     made.answer = None if fields.get("answer") is None else str(fields["answer"])
     made.extra = {k: v for k, v in fields.items() if k not in known.needs and k not in known.may}
+    if form == "prompt-completion" and isinstance(fields.get("label"), bool):  # as unpaired preferences have it
+        made.wanted = made.extra.pop("label")
     return made
+
+
+def mark(label: Any) -> bool | None:
+    """What a label says of an answer, where it can mean wanted or not: true or false, 1 or 0, also as a table's cell."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(label).lower())
 
 
 @lru_cache(maxsize=1024)

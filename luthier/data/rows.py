@@ -87,8 +87,15 @@ class Maker:
 
     def rows(self, examples: list[Example]) -> list[Row | None]:
         """A row for each example; None where it was dropped (and counted)."""
-        made = KINDS[self.kind](self, examples)
-        return [self.checked(row, e) if row is not None else None for row, e in zip(made, examples, strict=True)]
+        wanted = [e for e in examples if e.wanted]
+        for _ in range(len(examples) - len(wanted)):
+            self.ledger.drop("labelled false")
+            self.ledger.note(
+                "answers labelled false are left out (constants: {label: null} takes them like the others)"
+            )
+        made = iter(KINDS[self.kind](self, wanted) if wanted else ())
+        rows = [next(made) if e.wanted else None for e in examples]
+        return [self.checked(row, e) if row is not None else None for row, e in zip(rows, examples, strict=True)]
 
     # --- checks and cuts
 

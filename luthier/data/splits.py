@@ -91,7 +91,7 @@ def _config(folder: Path, source: SourceSpec, where: str) -> dict[str, Any] | No
     if not readme.is_file():
         return None
     try:
-        head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme.read_text(encoding="utf-8"), re.DOTALL)
+        head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme.read_text(encoding="utf-8-sig"), re.DOTALL)
         stated = yaml.safe_load(head[1]) if head else None
     except (OSError, ValueError, yaml.YAMLError) as e:
         reason = str(e).strip().splitlines()[0]
@@ -117,9 +117,9 @@ def _patterns(stated: Any, where: str) -> dict[str, list[str]]:
     stated = stated if isinstance(stated, list) else [stated]
     out: dict[str, list[str]] = {}
     for entry in stated:
-        entry = entry if isinstance(entry, dict) else {"path": entry}
-        path = entry.get("path")
-        paths = path if isinstance(path, list) else [path]
+        entry: dict[str, Any] = entry if isinstance(entry, dict) else {"path": entry}
+        path: Any = entry.get("path")
+        paths: list[Any] = path if isinstance(path, list) else [path]
         if not paths or not all(isinstance(p, str) for p in paths):
             raise LuthierError(f"{where}: README.md's data_files must be paths, or tables of split and path: mend it")
         out.setdefault(str(entry.get("split", "train")), []).extend(paths)

@@ -11,7 +11,7 @@ import numpy as np
 
 from luthier.data.order import Ordered, same_settings, units
 from luthier.data.read import Cursor, Record, open_source, read
-from luthier.data.records import example, meant, recognise
+from luthier.data.records import example, mark, meant, recognise
 from luthier.data.rows import Maker, Row
 from luthier.errors import LuthierError
 from luthier.plan.schema import SourceSpec
@@ -43,6 +43,7 @@ class Records:
     def __init__(self, sources: list[SourceSpec], begin: int = 0, stop: int | None = None):
         self.sources, self.begin, self.stop = sources, begin, stop
         self._shapes: dict[int, str] = {}
+        self._marked: dict[int, bool] = {}
 
     def shape(self, source: int) -> str:
         """The record shape of a source: what it states, or what its first record shows."""
@@ -51,6 +52,16 @@ class Records:
             first: Record | None = next(iter(read(spec)), None) if spec.format == "auto" else None
             self._shapes[source] = recognise(first.fields, first.where) if first else spec.format
         return self._shapes[source]
+
+    def marked(self, source: int) -> bool:
+        """Whether every record of a source has a prompt, a completion and a label of 0 or 1 (or of true or false in a
+        table), so that it says whether the answer is a wanted one. Reads the source until one has not."""
+        if source not in self._marked:
+            seen = self.shape(source) == "prompt-completion"
+            self._marked[source] = seen and all(
+                mark(r.fields.get("label")) is not None for r in read(self.sources[source])
+            )
+        return self._marked[source]
 
     def walk(self, start: Place) -> Iterator[tuple[Record, Place]]:
         """(record, place after it) from a place on."""
@@ -85,6 +96,8 @@ class Records:
             shape = self.shape(place.source)
             one = example(record, shape)
             one.weight *= self.sources[place.source].weight
+            if "label" in one.extra and self.marked(place.source):
+                one.wanted = bool(mark(one.extra.pop("label")))
             if not ledger.quiet:
                 ledger.formats[shape] += 1
                 ledger.unused_columns.update(one.extra.keys())

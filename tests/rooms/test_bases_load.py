@@ -162,11 +162,12 @@ def test_another_kind_is_named(saved):
     refused("state base.kind: seq2seq", saved("t5"), kind="causal")
     refused("no encoder–decoder", saved("llama"), kind="seq2seq")
     refused("labels belongs to", saved("llama"), labels=["a"])
-    refused("checkpoint lacks cls.predictions", saved("bert"))
+    refused("checkpoint lacks cls.predictions.*state base.kind: classify", saved("bert"))
 
 
 def test_missing_places(saved, tmp_path):
     refused("did you mean 'llama-natural'", saved("llama").parent / "llama-naturel")
+    refused("no such folder; correct base.name, or give a hub name$", tmp_path / "nowhere" / "x")
     refused("is a file", saved("llama") / "config.json")
     refused("no config.json", tmp_path)
     refused("no hub name either", "three words here")

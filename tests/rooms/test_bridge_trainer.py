@@ -132,6 +132,21 @@ def test_nothing_changed(tmp_path: Path) -> None:
         trainer(tmp_path, rows(), LuthierCallback(), learning_rate=0.0).train()
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_full_disk_is_one_line(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if steps:
+        monkeypatch.setattr("luthier.bridge.trainer.save_file", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    said = rf"cannot write luthier's files in .* \(No space left on device\): free .*; {steps} steps were taken"
+    with pytest.raises(LuthierError, match=said) as e:
+        trainer(tmp_path, rows(), LuthierCallback()).train()
+    assert "\n" not in str(e.value)
+
+
 def sft(tmp_path: Path, tokenizer: Any, records: list[dict[str, Any]], **settings: Any) -> Any:
     args = trl.SFTConfig(
         str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_steps=2, disable_tqdm=True, save_strategy="no",

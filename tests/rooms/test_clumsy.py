@@ -260,6 +260,28 @@ def test_what_cannot_be_measured_is_told_before_the_training(
 
 
 @pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        (
+            "target=[{source: good.jsonl, metric: exct}]",
+            "plan.yaml: audit.target.0.metric: no verifier 'exct'; did you",
+        ),
+        (
+            "guards=[good.jsonl, 'practice:fact']",
+            "plan.yaml: audit.guards.1.source: data source practice:fact: unknown",
+        ),
+        ("shifted=[nope.jsonl]", "plan.yaml: audit.shifted.0.source: data file nope.jsonl does not exist"),
+        (
+            "target=[{source: good.jsonl, metric: exact, metric_options: {x: 1}}]",
+            "audit.target.0.metric_options: exact",
+        ),
+    ],
+)
+def test_a_wrong_check_of_an_audit_is_named(check: str, said: str, here: Path, capsys: Any) -> None:
+    assert said in refused(here, capsys, "audit", "delta", "--plan", "plan.yaml", f"audit.{check}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["tune", "plan.yaml", "--out", ""], "--out is empty"),

@@ -225,8 +225,20 @@ BROKEN = {
     "blank.jsonl": (b"\n \n", "blank lines only"),
     "cut.jsonl": (
         b'{"text": "a"}\n\n{"text": "b\n',
-        r"cut.jsonl:3: broken JSON, Invalid control character at column 12",
+        r"cut.jsonl:3: broken JSON, Unterminated string starting at column 10",
     ),
+    "short.jsonl": (b'{"text": "a"}\n{"text": "b",  \r\n', r"short.jsonl:2: broken JSON, .* at column 14"),
+    "short.json": (b'[{"text": "a"},\n {"text":\n', r"short.json:2: broken JSON, Expecting value at column 10"),
+    "columns.json": (
+        b'{"prompt": ["a", "b"], "completion": ["c", "d"]}',
+        r'holds the columns completion, prompt, not records: write one record a line, {"prompt": …, "completion": …}',
+    ),
+    "pandas.json": (b'{"prompt": {"0": "a"}, "completion": {"0": "c"}}', "holds the columns completion, prompt"),
+    "column.json": (b'{"text": ["a"]}', "holds the columns text, not records"),
+    "parts.json": (b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "write the array under 'train' alone"),
+    "several.csv": (b'text,label\n"a\nb\nc",1\n\n"d\ne"\n"f",2\n', r"several.csv:6: 1 cells where the header has 2"),
+    "open.csv": (b'text,label\na,1\n"b\nc\nd,1\n', r"open.csv:3: broken table"),
+    "semicolon.csv": (b"prompt;completion\na, b;c\n", r"semicolon.csv:2: 2 cells .*separated by ';'"),
     "list.jsonl": (b'{"text": "a"}\n[1]\n', r"list.jsonl:2: a record must be an object"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin.jsonl:2: not UTF-8 at byte 24 .*0xe9"),
     "latin.csv": (b"text\na\n\xe9\n", r"latin.csv:3: not UTF-8 at byte 7"),
@@ -411,6 +423,77 @@ WRONG = [
 def test_wrong_records_name_file_line_and_column(record: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match=message):
         prepare(spec(written(tmp_path, [record])), tokenizer())
+
+
+def test_a_record_of_several_lines_is_named_by_its_first(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'\ntext\n"a\nb"\n\n"c\r\nd"\ne\n')
+    assert [r.where.rpartition(":")[2] for r in read(source(tmp_path / "a.csv"))] == ["3", "6", "8"]
+
+
+TURNS = [{"role": "user", "content": "two?"}]
+SPOKEN = [{"from": "human", "value": "two?"}]
+HINTS = [
+    ({"prompt": "a", "response": "b"}, "state columns: {completion: response}"),
+    ({"query": "a", "completion": "b"}, "state columns: {prompt: query}"),
+    ({"instruction": "a", "response": "b"}, "state columns: {prompt: instruction, completion: response}"),
+    ({"conversation": TURNS}, "state columns: {messages: conversation}"),
+    ({"id": 1, "dialog": json.dumps(TURNS)}, "state columns: {messages: dialog}"),
+    ({"dialogue": SPOKEN}, "state columns: {conversations: dialogue}"),
+    ({"conversations": TURNS}, "for turns with a role, state columns: {messages: conversations}"),
+    ({"messages": SPOKEN}, "for turns with from and value, state columns: {conversations: messages}"),
+    ({"prompt;completion": "a;b"}, "its cells seem to be separated by ';'"),
+    ({"prompt": "a", "foo": "b"}, "map them with columns: {ours: theirs}"),
+]
+
+
+@pytest.mark.parametrize(("record", "hint"), HINTS)
+def test_the_mapping_that_is_meant_is_proposed(record: dict[str, Any], hint: str, tmp_path: Path) -> None:
+    with pytest.raises(LuthierError, match=re.escape(hint)) as e:
+        prepare(spec(written(tmp_path, [record])), tokenizer())
+    if "state columns" in hint:
+        path = written(tmp_path, [record])
+        columns = dict(pair.split(": ") for pair in re.findall(r"{(.*?)}", str(e.value))[-1].split(", "))
+        assert recognise(next(iter(read(source(path, columns=columns)))).fields, path)
+
+
+def labelled(labels: list[Any], **more: Any) -> list[dict[str, Any]]:
+    return [{"prompt": "two?", "completion": f"four {i}", "label": label, **more} for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ([True, False, False, True], [0, 3]),
+        ([1, 0, 1], [0, 2]),
+        (["True", "false", "1"], [0, 2]),
+        ([1, 0, 2], [0, 1, 2]),
+        (["spam", "ham"], [0, 1]),
+        ([0, None], [0, 1]),
+        ([None, False], [0]),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_answers_labelled_false_are_left_out_with_a_note(
+    labels: list[Any], kept: list[int], streamed: bool, tmp_path: Path
+) -> None:
+    tok = tokenizer()
+    data = prepare(spec(written(tmp_path, labelled(labels)), stream=streamed), tok)
+    rows = data.window if streamed else [data.train[i] for i in range(len(data.train))]
+    assert [taught(row, tok) for row in rows] == [f"four {i}<|end|>" for i in kept]
+    out = len(labels) - len(kept)
+    assert data.ledger.dropped == ({"labelled false": out} if out else {})
+    assert [n for t, n in data.ledger.notes.items() if "labelled false are left out" in t] == ([out] if out else [])
+    assert ("label" in data.ledger.unused_columns) == (not out or None in labels)
+
+
+def test_labels_can_be_taken_away_and_false_ones_alone_train_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path, labelled([True, False]))
+    data = prepare(spec([{"path": path, "constants": {"label": None}}]), tokenizer())
+    assert len(data.train) == 2 and not data.ledger.dropped
+    with pytest.raises(LuthierError, match="no row is left of .*labelled false': 2"):
+        prepare(spec(written(tmp_path, labelled([False, False]))), tokenizer())
+    with pytest.raises(LuthierError, match="give chosen and rejected"):
+        prepare(spec(written(tmp_path, labelled([True, False]))), tokenizer(), kind="pair")
 
 
 def test_mixed_columns_name_what_is_there_and_what_was_looked_for(tmp_path: Path) -> None:
