@@ -47,6 +47,8 @@ def gate(
     lines(found.report["lines"])
     plain("")
     plain(f"{found.verdict}: {found.report['why']}")
+    if found.report["unmeasured"]:
+        plain(f"not measured: {', '.join(found.report['unmeasured'])}")
     plain(f"report  {found.out / 'gate.html'}")
     if not found.passed:
         raise typer.Exit(REFUSED)

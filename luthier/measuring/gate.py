@@ -8,7 +8,7 @@ passes only if every line does, so the lines need no correction for their number
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
@@ -80,6 +80,8 @@ class Found:
     calibration: Calibration | None
     verdict: Literal["pass", "fail"]
     why: str
+    unmeasured: list[str] = field(default_factory=list)
+    """Default limits of which there is no line: gain, negative flips, refusal, calibration, drift."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,13 +114,16 @@ def gate(
     """Measure two models and hold the new one to the limits.
 
     Both are asked the same records, each in its own tokens and template. Errors: models of different kinds, a loss or a
-    drift to be compared across two vocabularies, a tolerance for a check that is not there.
+    drift to be compared across two vocabularies, a tolerance for a check that is not there, a limit that the plan states
+    and of which nothing is measured.
     """
     asked = asked_of(old, new, spec, data, seed)
     known = [check.name for check, _ in asked]
     for name in limits.tolerances:
         if name not in known:
             raise LuthierError(f"gate.tolerances: there is no check '{name}': {nearest(name, known, 'check')}")
+    missing = not_measured([check for check, _ in asked], spec, limits)
+    _refuse_stated(missing, limits)
     sure = limits.max_calibration_loss is not None
     responses: list[list[list[Response]]] = []
     for side, checks in ((old, [a for a, _ in asked]), (new, [b for _, b in asked])):
@@ -136,7 +141,38 @@ def gate(
     if limits.max_drift is not None and spec.drift_tokens:
         progress("drift")
         moved = _drift(old, new, spec, [check for check, _ in asked], seed)
-    return verdict(answered, moved, spec, limits, seed)
+        if moved is None:
+            missing["max_drift"] = ("drift", "name a guard that the old model's texts can begin with")
+            _refuse_stated(missing, limits)
+    return replace(verdict(answered, moved, spec, limits, seed), unmeasured=[name for name, _ in missing.values()])
+
+
+def not_measured(checks: Sequence[Prepared], spec: AuditSpec, limits: GateSpec) -> dict[str, tuple[str, str]]:
+    """The keys of limits that hold for nothing these checks measure -> (what is not measured, what to state instead)."""
+    scored = [c for c in checks if c.metric.name != "refusal"]
+    rows = {
+        "min_gain": ("gain", any(c.kind == "target" for c in scored), "state audit.target"),
+        "max_negative_flips": (
+            "negative flips", any(c.metric.unit == "share" for c in checks), "state a check that is scored by the share right",
+        ),
+        "max_refusal_loss": ("refusal", len(scored) < len(checks), "state a check with metric: refusal"),
+        "max_calibration_loss": (
+            "calibration", any(c.metric.needs != "loss" for c in checks), "state a check of answers or classes",
+        ),
+        "max_drift": ("drift", spec.drift_tokens > 0, "state audit.drift_tokens: 1024"),
+    }  # fmt: skip
+    return {
+        key: (name, remedy)
+        for key, (name, found, remedy) in rows.items()
+        if not found and getattr(limits, key) is not None
+    }
+
+
+def _refuse_stated(missing: Mapping[str, tuple[str, str]], limits: GateSpec) -> None:
+    """One line where a limit that the plan states is among those of which nothing is measured."""
+    for key, (name, remedy) in missing.items():
+        if key in limits.model_fields_set:
+            raise LuthierError(f"gate.{key} is stated and no {name} is measured: {remedy}, or leave gate.{key} out")
 
 
 def verdict(answered: Sequence[Answered], moved: Drift | None, spec: AuditSpec, limits: GateSpec, seed: int) -> Found:

@@ -110,7 +110,8 @@ def render(data: Mapping[str, Any]) -> str:
     facts = [
         ("old", data["old"]["name"]), ("new", data["new"]["name"]),
         ("limits kept", f"{counts['pass']} of {len(data['lines'])}"), ("broken", str(counts["fail"])),
-        ("too few items", str(counts["underpowered"])), ("time", words.duration(data.get("seconds") or 0.0)),
+        ("too few items", str(counts["underpowered"])), ("not measured", ", ".join(data.get("unmeasured") or ["–"])),
+        ("time", words.duration(data.get("seconds") or 0.0)),
     ]  # fmt: skip
     measured = data.get("calibration")
     return fill(

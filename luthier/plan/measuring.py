@@ -25,6 +25,8 @@ def load_measuring(
     """
     if isinstance(source, Plan):
         where, raw = "plan", source.model_dump(mode="json", by_alias=True)
+        if source.gate is not None:  # what is stated must be measured, what is a default need not
+            raw["gate"] = source.gate.model_dump(mode="json", by_alias=True, exclude_unset=True)
     else:
         where, raw = ("plan", dict(source)) if isinstance(source, Mapping) else read_plan(source)
     raw = expand(raw, "")

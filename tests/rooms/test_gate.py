@@ -27,6 +27,7 @@ from luthier.measuring.calibration import calibration, sure_answers
 from luthier.measuring.gate import _one_tongue, line
 from luthier.measuring.gate_page import render, rows, write_gate
 from luthier.measuring.items import Item
+from luthier.plan.measuring import limits, load_measuring
 from luthier.sampling.verifiers import get_verifier, must_refuse, refuses
 from luthier.verbs import gate
 from luthier.verbs.assemble import assemble
@@ -313,6 +314,15 @@ def test_an_assembly_is_gated_by_what_it_says(broken: Path, tmp_path: Path) -> N
         (("base", "base", "--plan", "PLAN", "gate.tolerances={fcats: 0.1}"), "did you mean 'facts'"),
         (("base", "base", "--plan", "PLAN", "audit.target=[]", "audit.guards=[]"), "names nothing to measure"),
         (("base", "base", "--plan", "missing.yaml"), "there is no such plan"),
+        (("base", "base", "--plan", "PLAN", "gate.max_drift=0.2", "audit.drift_tokens=0"), "state audit.drift_tokens"),
+        (
+            ("base", "base", "--plan", "PLAN", "audit.guards=[]"),
+            "gate.max_refusal_loss is stated and no refusal is measured",
+        ),
+        (
+            ("base", "base", "--plan", "PLAN", "audit.target=[]", "gate.min_gain=0.1"),
+            "no gain is measured: state audit.target",
+        ),
         (("base", "FOLDER", "--plan", "PLAN"), "holds no delta.json"),
     ],
 )
@@ -326,6 +336,24 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and said in error[0], error
     assert {p.name for p in tmp_path.iterdir()} == {"empty"}
+
+
+def test_a_default_limit_of_which_nothing_is_measured_is_named(tmp_path: Path, capsys: Any) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "audit: {items: 40, drift_tokens: 0, target: [{source: 'practice:facts', max_new_tokens: 16}]}\n"
+        "gate: {max_negative_flips: null, tolerance: 0.1}\n"
+    )
+    assert code("gate", "base", "base", "--plan", plan, "-o", tmp_path / "g", "-q") == 0
+    assert "\nnot measured: refusal, drift\n" in capsys.readouterr().out
+    report = json.loads((tmp_path / "g" / "gate.json").read_text())
+    assert report["unmeasured"] == ["refusal", "drift"]
+    assert "refusal, drift" in (tmp_path / "g" / "gate.html").read_text()
+
+
+def test_a_plan_in_python_states_what_was_stated_there() -> None:
+    plan = load_measuring({"audit": PLAN["audit"], "gate": {"max_drift": 0.2}})
+    assert limits(load_measuring(plan)).model_fields_set == {"max_drift"}
 
 
 def test_one_rendering_serves_only_where_text_becomes_the_same_tokens() -> None:
