@@ -54,8 +54,10 @@ class DeltaMerge:
         jobs = replaced(self.jobs, each) if each else self.jobs
         if self.method.cls.factors:
             delta = self._factors(jobs, progress)
-        elif (weights := self._weights(jobs)) is not None:
+        elif (weights := self._weights(jobs)) is not None and why_not(self.deltas) is None:
             delta = stack(self.deltas, weights, rank=self.plan.rank, name="merged")
+        elif weights is not None and self.plan.rank is not None and self._apart():
+            delta = self._trimmed(jobs, weights, progress)
         elif self.plan.rank is not None:
             raise LuthierError(
                 f"rank: {self._why()}, so that the result is of full rank: leave rank out, and 'luthier compress' the result"
@@ -76,7 +78,7 @@ class DeltaMerge:
 
     def _weights(self, jobs: Sequence[Job]) -> Callable[[int, Site], float] | None:
         """The weight of every change at every site, where the merge is their sum; None where it is not."""
-        if self.method.name not in SUMS or why_not(self.deltas) is not None:
+        if self.method.name not in SUMS:
             return None
         table: dict[str, list[float]] = {}
         for job in jobs:
@@ -96,6 +98,29 @@ class DeltaMerge:
             return table[f"{site.name}.{site.parameter}"][i]
 
         return weight
+
+    def _apart(self) -> bool:
+        """Whether the deltas are LoRA and exact differences, of which no parameter has both."""
+        pieces = [p for d in self.deltas for p in d.pieces]
+        factored = {f"{s.name}.{s.parameter}" for p in pieces if type(p.form) is LoRA for s in p.sites.values()}
+        exact = {key for p in pieces if p.form.at == "base" for key in p.sites}
+        return (
+            bool(factored) and all(type(p.form) is LoRA or p.form.at == "base" for p in pieces) and not factored & exact
+        )
+
+    def _trimmed(
+        self, jobs: Sequence[Job], weights: Callable[[int, Site], float], progress: Callable[[int, int], None]
+    ) -> Delta:
+        """A sum whose LoRA is trimmed to the plan's rank; what the deltas hold exactly is merged as without a rank."""
+        own = [Delta([p for p in d.pieces if type(p.form) is LoRA], dict(d.base)) for d in self.deltas]
+        summed = stack(own, weights, rank=self.plan.rank, name="merged")
+        factored = {f"{s.name}.{s.parameter}" for p in summed.pieces for s in p.sites.values()}
+        exact = self._dense([j for j in jobs if j.item.name not in factored], progress, "kept")
+        count = sum(len(p.sites) for p in exact)
+        self.said.append(
+            f"rank {self.plan.rank} trims the LoRA alone; {count} tensors that are held exactly stay whole"
+        )
+        return Delta([*summed.pieces, *exact])
 
     def _factors(self, jobs: Sequence[Job], progress: Callable[[int, int], None]) -> Delta:
         """A merge of factors at sites that deltas carry as LoRA, all of them; elsewhere the merge of the tensors."""

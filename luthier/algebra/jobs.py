@@ -116,12 +116,16 @@ def make_jobs(
         base = method.inputs(item, names)
         merge = method.at(item)
         each = method.each(item, names, base)
+        if odd := merge.odd(each):
+            if not plan.field_file:
+                raise LuthierError(f"{method.name}: {odd}")
+            notes.append(f"{method.name}: {odd}")
         widened = torch.float32 if type(merge).widens and arithmetic.itemsize == 2 else arithmetic
         written = DTYPES[plan.out_dtype] if plan.out_dtype else widened
         if not plan.out_dtype and not plan.dtype:
             written = _as_stored(item, sources, written)
         jobs.append(Job(item, merge, arithmetic, written, shape, each, base, aligned))
-    return jobs, notes + _unread(plan, method, jobs)
+    return jobs, list(dict.fromkeys(notes)) + _unread(plan, method, jobs)
 
 
 def _as_stored(item: Item, sources: Sequence[Source], otherwise: torch.dtype) -> torch.dtype:
@@ -147,7 +151,10 @@ def _shape(item: Item, shapes: Sequence[tuple[int, ...]], names: Sequence[str], 
     elif len(set(shapes)) == 1:
         return shapes[0]
     told = ", ".join(f"{names[k]} {list(s)}" for k, s in zip(item.sources, shapes, strict=True))
-    remedy = "state tokenizer_source (union, base, or a model)" if item.rows else "merge models of one architecture"
+    rows = item.rows and len({s[1:] for s in shapes}) == 1
+    remedy = (
+        "state tokenizer_source (union, base, or a model)" if rows else "merge models of one architecture and width"
+    )
     raise LuthierError(f"{item.name} differs in shape: {told}: {remedy}")
 
 

@@ -130,6 +130,13 @@ def _stretches(
         rows = list(models)
         if listed and plan.base is not None and all(m.model != plan.base for m in rows):
             rows.append(Input.model_validate({"model": plan.base}))
+        counts = {str(m.model): tensors[refs.index(m.model)].count(prefix) for m in rows}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{name} has {count} layers" for name, count in counts.items())
+            raise LuthierError(
+                f"{told}: merge models of equally many, or state which go together "
+                "(slices: [{sources: [{model: …, layer_range: [0, 1]}, …]}])"
+            )
         return [
             Slice.model_construct(
                 sources=[

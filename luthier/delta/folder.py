@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -19,9 +21,14 @@ def unwritten(what: str, error: BaseException, left: str) -> LuthierError:
     return LuthierError(f"cannot write {what} ({why}): free some space, or name another place; {left}")
 
 
-def refuse_existing(folder: str | os.PathLike[str]) -> Path:
-    """The folder's path; an error where it is there already and not empty, is no folder, or cannot be made there."""
+def refuse_existing(folder: str | os.PathLike[str], sources: Iterable[Any] = ()) -> Path:
+    """The folder's path; an error where it is there already and not empty, is no folder, cannot be made there, or lies in
+    one of the sources. sources: names and folders of what is read; those that are no folder here count for nothing."""
     folder = Path(folder)
+    for source in sources:
+        if isinstance(source, (str, os.PathLike)) and os.fspath(source):
+            if (place := Path(source).expanduser()).is_dir() and place.resolve() in folder.resolve().parents:
+                raise LuthierError(f"{folder} lies in {source}, which is read: choose another --out")
     if folder.is_dir() and any(folder.iterdir()):
         raise LuthierError(f"{folder} is there and not empty: name another folder, or remove it")
     return free_for_files(folder)

@@ -89,6 +89,11 @@ class Merge:
             return ""
         return str(least) if most == least else f"at least {least}" if most is None else f"{least} to {most}"
 
+    def odd(self, each: Mapping[str, Sequence[float]]) -> str:
+        """What is odd about the models' own settings at a tensor, with the remedy; '' where nothing is. Our own plans are
+        refused by it; a mergekit file, whose numbers are mergekit's, gets it as a note."""
+        return ""
+
     @property
     def reads(self) -> Collection[str]:
         """Of the models' own settings (`each`), those that these settings make use of."""

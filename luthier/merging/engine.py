@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -16,6 +16,9 @@ from luthier.parts.bits import INTEGER
 from luthier.parts.scratch import Scratch
 from luthier.parts.spread import SPAN, Over, spans
 from luthier.parts.trims import Chunk, wide
+
+NOTHING = 1e-8
+"""A sum of weights below this is 0 and is not divided by."""
 
 
 class Thin(Protocol):
@@ -55,7 +58,15 @@ def divisor(t: Stack, weights: Tensor, setting: str) -> Tensor:
 
 
 def length(chunk: Chunk, n: int, dtype: torch.dtype) -> Tensor:
-    """The Euclidean norm of n entries given in pieces, summed wide and rounded once to `dtype`. A scalar tensor."""
+    """The Euclidean norm of n entries given in pieces, rounded once to `dtype`. A scalar tensor.
+
+    16-bit entries are put side by side for torch's own norm, whose rounding mergekit's numbers have; others are summed wide.
+    """
+    if dtype.itemsize == 2:
+        whole = torch.empty(n, dtype=dtype)
+        for a, b in spans(n):
+            whole[a:b] = chunk(a, b)
+        return torch.linalg.vector_norm(whole)
     squares = sum(float(chunk(a, b).to(wide(dtype)).square().sum()) for a, b in spans(n))
     return torch.tensor(squares, dtype=torch.float64).sqrt().to(dtype)
 
@@ -115,6 +126,12 @@ class TaskVectors(Merge):
     consensus: ClassVar[bool] = False
     """Whether, entry by entry, only changes with the sign of the weighted sum count (Yadav et al. 2023)."""
     base: ClassVar[Literal["needed", "optional", "unused"]] = "needed"
+
+    def odd(self, each: Mapping[str, Sequence[float]]) -> str:
+        weights = list(each["weight"])
+        if not self.normalize or abs(sum(weights)) >= NOTHING:
+            return ""
+        return f"the weights {weights} add up to 0, and nothing is divided by that: change one, or set normalize: false"
 
     def thin(self, t: Stack, i: int, chunk: Chunk) -> Thin | None:
         """What thins out model i's change, given by `chunk` in flat pieces; None where it stays whole."""
@@ -189,7 +206,7 @@ def _summed(parts: list[Tensor], weights: list[float], normalize: bool, mixed: T
     """`mixed`: the sum of the changes; divided by the sum of the weights where `normalize`, unless that is near 0."""
     _sum(parts, mixed, own)
     total = fixed(sum(weights), mixed.dtype)
-    return mixed.div_(total) if normalize and abs(total) >= 1e-8 else mixed
+    return mixed.div_(total) if normalize and abs(total) >= NOTHING else mixed
 
 
 def _agreed(parts: list[Tensor], weights: list[float], normalize: bool, mixed: Tensor, own: Scratch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -53,6 +53,9 @@ class LiNeS(Merge):
     @property
     def reads(self) -> Collection[str]:
         return self.inner.each
+
+    def odd(self, each: Mapping[str, Sequence[float]]) -> str:
+        return self.inner.odd(each)
 
     @property
     def looks(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from luthier.delta import MERGES, Merge, Stack
 from luthier.parts.trims import spans, wide
+
+NOTHING = 1e-6
+"""Weights whose sum is below this cancel."""
 
 
 @MERGES.add("nuslerp")
@@ -30,9 +34,17 @@ class NuSLERP(Merge):
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     ordered: ClassVar[bool] = True
 
+    def odd(self, each: Mapping[str, Sequence[float]]) -> str:
+        weights = list(each["weight"])
+        if abs(sum(weights)) >= NOTHING:
+            return ""
+        return (
+            f"the weights {weights} cancel, so that t is 0.5 whatever they are: state weights that do not add up to 0"
+        )
+
     def merge(self, t: Stack) -> Tensor:
         first, second = t.each["weight"]
-        share = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+        share = 0.5 if abs(first + second) < NOTHING else second / (first + second)
         if not t.tensors[0].numel():
             return t.tensors[0].clone()
         x, y = (v if t.base is None else v - t.base for v in t.tensors)

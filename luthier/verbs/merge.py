@@ -60,7 +60,7 @@ def merge(
     """
     began = time.perf_counter()
     read = load_merge(plan, overrides)
-    refuse_existing(out)
+    refuse_existing(out, [place for ref in read.refs() for place in (ref.path, ref.lora)])
     method = Method(read.method)
     if method.cls.searches and not read.evaluate:
         raise LuthierError(

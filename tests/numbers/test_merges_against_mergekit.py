@@ -73,6 +73,25 @@ def edges_aside(name: str, apart: Tensor, got: Tensor) -> Tensor:
     return apart.masked_fill(near, 0)
 
 
+@pytest.mark.parametrize("seed", range(4, 8))
+def test_norms_round_as_torchs_own_in_float16(seed: int) -> None:
+    """multislerp's formula written plainly, on tensors of which the norms lie near the edge of rounding."""
+    g = torch.Generator().manual_seed(seed)
+    base = (torch.randn(200, 300, generator=g) * 0.5).half()
+    models = [base + (torch.randn(200, 300, generator=g) * 0.05).half() for _ in range(3)]
+    weights = torch.tensor([0.3, 0.9, 0.4], dtype=torch.float16)
+    w, d = weights / weights.sum(), (torch.stack(models) - base).view(3, -1)
+    norms = torch.norm(d, dim=-1, keepdim=True)
+    units = d / (norms + 1e-8)
+    mean = (units * w[:, None]).sum(0)
+    mean = mean / torch.norm(mean)
+    aside = ((units - (units * mean).sum(-1, keepdim=True) * mean) * w[:, None]).sum(0)
+    angle = torch.norm(aside) + 1e-8
+    out = (mean * angle.cos() + aside * (angle.sin() / angle)) * (norms[:, 0] * w).sum()
+    got = MERGES.make("multislerp", {}).merge(Stack("w", models, base, {"weight": [0.3, 0.9, 0.4]}))
+    assert torch.equal(got, out.view(base.shape) + base)
+
+
 def test_in_bfloat16_it_is_bit_for_bit(reference: Mapping[str, Tensor]) -> None:
     names = [n for n in CASES if n.endswith("bf16") and not ties_differ(n, reference)]
     assert [n for n in names if not torch.equal(ours(n), reference[n])] == [] and len(names) > 25

@@ -37,6 +37,7 @@ from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.merging.lines import LiNeS
 from luthier.plan.merge import Where, load_merge, resolve
+from luthier.verbs.compress import compress
 from luthier.verbs.merge import bytes_of, merge
 from tests.tiny import tiny, tiny_ids, tiny_tokenizer
 
@@ -63,6 +64,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out["tied"] = checkpoint(at / "tied", 4, tie_word_embeddings=True)
     out["deep"] = checkpoint(at / "deep", 5, num_hidden_layers=4)
     out["gpt2"] = checkpoint(at / "gpt2", 1, "gpt2")
+    out["copy"] = checkpoint(at / "copy", 1)
     return out
 
 
@@ -525,8 +527,22 @@ def bad(kind: str, s: dict[str, Path], d: dict[str, Path], tmp: Path) -> tuple[l
     if kind == "family":
         return [a, str(s["gpt2"]), "-m", "linear"], "one architecture"
     if kind == "layers":
-        return [a, str(s["deep"]), "-m", "linear"], "equally many layers"
+        return [a, str(s["deep"]), "-m", "linear"], "a has 2 layers, .*deep has 4 layers: merge models of equally many"
+    if kind == "columns":
+
+        def widened(t: dict[str, torch.Tensor]) -> None:
+            t["model.embed_tokens.weight"] = t["model.embed_tokens.weight"].repeat(1, 2)
+
+        wide = altered(s["b"], tmp / "x", widened)
+        return [a, wide, "-m", "linear"], r"differs in shape: .*\[128, 64\]: merge models of one architecture and width"
+    if kind == "inside a source":
+        return [str(s["copy"]), b, "-m", "linear", "--out", str(s["copy"] / "bad")], "bad lies in .*copy, which is read"
     table: dict[str, tuple[list[str], str]] = {
+        "sum of nothing": (
+            [*two, "task_arithmetic", "--base", base, "weights=[1,-1]", "normalize=true"],
+            "task_arithmetic: the weights .* add up to 0.*set normalize: false",
+        ),
+        "arc of nothing": ([*two, "nuslerp", "weights=[1,-1]"], "nuslerp: the weights .* cancel"),
         "no base": ([*two, "ties", "weight=1", "density=0.5"], "needs the base"),
         "weights": ([*two, "linear", "-w", "1", "-w", "-1"], "add up to 0"),
         "weight count": ([*two, "linear", "-w", "1"], "one number for each"),
@@ -581,7 +597,7 @@ KINDS = (
         "delta of checkpoints",
         "text",
     ]
-    + ["form", "delta as base"]
+    + ["form", "delta as base", "columns", "inside a source", "sum of nothing", "arc of nothing"]
 )
 
 
@@ -602,7 +618,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     before, out = digest(shelf | deltas), tmp_path / "place" / "out"
     out.parent.mkdir()
     with pytest.raises(SystemExit) as left:
-        main(["merge", *args, "--out", str(out)])
+        main(["merge", *args, *([] if "--out" in args else ["--out", str(out)])])
     said = capsys.readouterr().err
     assert left.value.code == 2 and said.count("\n") == 1
     assert re.search(says, said), said
@@ -651,6 +667,49 @@ def test_a_wrong_value_is_named(
     with pytest.raises(LuthierError, match=says):
         merge(plan, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ({"merge_method": "task_arithmetic", "base_model": "base", "parameters": {"normalize": True}}, "add up to 0"),
+        ({"merge_method": "nuslerp"}, "cancel, so that t is 0.5"),
+        (
+            {"merge_method": "lines", "base_model": "base", "parameters": {"normalize": True, "alpha": 1.0}},
+            "add up to 0",
+        ),
+    ],
+)
+def test_a_field_file_whose_weights_cancel_is_merged_with_a_note(
+    plan: dict[str, Any], told: str, shelf: dict[str, Path], tmp_path: Path
+) -> None:
+    models = [{"model": str(shelf[k]), "parameters": {"weight": w}} for k, w in (("a", 1.0), ("b", -1.0))]
+    named = plan | {"models": models} | ({"base_model": str(shelf["base"])} if "base_model" in plan else {})
+    made = merge(named, out=tmp_path / "m")
+    assert [told in n for n in made.notes].count(True) == 1
+    assert told in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_a_rank_trims_the_factors_and_leaves_what_is_exact(shelf: dict[str, Path], tmp_path: Path) -> None:
+    """Deltas of full tunes, compressed to LoRA: their norms and embeddings are exact differences, added as without a rank."""
+    for name in "ab":
+        compress(shelf["base"], shelf[name], method="svd", rank=4, out=tmp_path / name)
+    plan = {"method": "task_arithmetic", "models": [str(tmp_path / "a"), str(tmp_path / "b")], "weights": [0.5, 1.0]}
+    merge(plan, out=tmp_path / "whole")
+    made = merge(plan | {"rank": 8}, out=tmp_path / "all")
+    assert any("rank 8 trims the LoRA alone" in n for n in made.notes)
+    bases = {n: on_disk(shelf["base"]) for n in ("whole", "all")}
+    for name, base in bases.items():
+        Delta.load(tmp_path / name).apply(base.model)
+    got, want = (logits_of(bases[n].model)(tiny_ids()) for n in ("all", "whole"))
+    assert torch.allclose(got, want, atol=1e-4)
+    merge(plan | {"rank": 5}, out=tmp_path / "trimmed")
+    pieces = Delta.load(tmp_path / "trimmed").pieces
+    ranks = {n["A"].shape[0] for p in pieces for n in p.p.values() if "A" in n}
+    exact = {k: n["bits"] for p in Delta.load(tmp_path / "whole").pieces for k, n in p.p.items()}
+    kept = {k: n["bits"] for p in pieces for k, n in p.p.items() if "bits" in n}
+    assert ranks == {5} and "model.norm.weight" in kept
+    assert all(torch.equal(v, exact[k]) for k, v in kept.items())
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(shelf: dict[str, Path], tmp_path: Path) -> None:
