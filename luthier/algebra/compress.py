@@ -70,6 +70,7 @@ class Outcome:
     roles: list[Account]
     logits: dict[str, float] = field(default_factory=dict)
     tries: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Work:
@@ -81,6 +82,7 @@ class Work:
         self.beside = max(Counter(s.layer for s in self.packed if s.layer is not None).values(), default=1)
         self.accounts: dict[tuple[str, str], Account] = {}
         self.pieces: list[Piece] = []
+        self.notes: Counter[str] = Counter()
 
     def _packed_sites(self) -> list[Site]:
         """The matrices to compress, in model order: those stated, and embedding and head where the plan says so."""
@@ -117,6 +119,7 @@ class Work:
         base, change = self.change(site)
         g = torch.Generator().manual_seed(self.spec.seed)
         small = self.method.compress(Change(site, base, change, inputs, g, self.beside))
+        self.notes.update([small.note] if small.note else [])
         state = State(site, small.p, small.fixed, lambda: oriented(base, site) if site.kind == "embedding" else base)
         made = small.form.delta(state)
         assert not isinstance(made, No)
@@ -240,7 +243,7 @@ def compress(
         work.plain()
         delta = Delta([*work.pieces, *work.rest()], _card(base))
         delta.seals = _seals(delta, base)
-        return Outcome(delta, _rows(work))
+        return Outcome(delta, _rows(work), notes=_notes(work))
     return _on_model(work, on, text)
 
 
@@ -258,7 +261,7 @@ def _on_model(work: Work, on: Target, text: Text | None) -> Outcome:
             work.plain()
     finally:
         work.unload(model)
-    outcome = Outcome(Delta([*work.pieces, *work.rest()]), _rows(work))
+    outcome = Outcome(Delta([*work.pieces, *work.rest()]), _rows(work), notes=_notes(work))
     names = [p.name for p in work.pieces]
     handle = outcome.delta.apply(model, strict=False)
     try:
@@ -298,6 +301,11 @@ def _probe_rows(on: Target, seed: int) -> Tensor:
 
 def _rows(work: Work) -> list[Account]:
     return sorted(work.accounts.values(), key=lambda row: (row.kept != "packed", row.role))
+
+
+def _notes(work: Work) -> list[str]:
+    """What the method had to say, with the number of matrices it said it of."""
+    return [f"{note} ({count} of {len(work.packed)} matrices)" for note, count in work.notes.items()]
 
 
 def _parameter(site: Site) -> str:

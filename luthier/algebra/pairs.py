@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from luthier.algebra.checkpoints import RECOMPUTED
 from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.errors import LuthierError
@@ -24,7 +26,8 @@ def comparable(base: Checkpoint, tuned: Checkpoint) -> None:
     if other := next((n for n in ours if n in theirs and ours[n] != theirs[n]), None):
         word = ""
         site = base.items.get(other)
-        if site is not None and site.role in ("embed", "head"):
+        rows_alone = ours[other][1:] == theirs[other][1:]
+        if site is not None and site.role in ("embed", "head") and rows_alone:
             rows = theirs[other][0]
             word = f"; a vocabulary of another size: resize_token_embeddings({rows}) of BASE, saved with TUNED's tokenizer, is "
             word += "the base to name; or tune with base.new_tokens"
@@ -38,6 +41,12 @@ def comparable(base: Checkpoint, tuned: Checkpoint) -> None:
             )
         if absent := [n for n in one.names if n not in one]:
             raise LuthierError(f"{one.folder} lacks {absent[0]}: the checkpoint is not whole; copy it again")
+    more = [n for n in tuned.unread if not RECOMPUTED.search(n)]
+    if other := next((n for n in more if n not in base.places or not _alike(base.raw(n), tuned.raw(n))), None):
+        raise LuthierError(
+            f"{tuned.name} holds {other}, which its config has no place for and {base.name} does not hold alike: a delta "
+            "would lose it; give TUNED the config that reads it, or take the tensor out"
+        )
     for name in base.names:  # tied in the base, two tensors in the tuned one
         for alias in base.aliases(name):
             own = tuned.aliases(name)
@@ -46,6 +55,10 @@ def comparable(base: Checkpoint, tuned: Checkpoint) -> None:
                     f"{alias} is tied to {name} in {base.name} and stands apart in {tuned.name}: save BASE with "
                     "tie_word_embeddings: false first"
                 )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -67,7 +80,13 @@ def one_vocabulary(base: Checkpoint, tuned: Checkpoint) -> None:
 
 def card_of(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes], list[str]]:
     """What the delta says about its base, the files that travel along, and notes."""
-    notes: list[str] = []
+    notes = [
+        f"{tuned.name} stores {alias} apart from {name}, and its config ties the two: the delta is of {name} alone; set "
+        "tie_word_embeddings: false in both configs if the head counts"
+        for name in tuned.names
+        for alias in tuned.aliases(name)
+        if {alias, name} <= set(tuned.places) and not _alike(tuned.raw(alias), tuned.raw(name))
+    ]
     files: dict[str, bytes] = {}
     card: dict[str, Any] = {"name": base.name, "kind": base.kind, "fingerprint": None}
     ours, theirs = base.tokenizer, tuned.tokenizer

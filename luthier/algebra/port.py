@@ -216,7 +216,8 @@ def _written_anew(
         source = next(p for p in anew if p.name == piece.name)
         for name, change in changes(delta, [source], old):
             index = piece.fixed[name].get("index")
-            bits, share = _encoded(name, change, move, new, getattr(torch, piece.form.dtype), index)  # pyright: ignore
+            dtype = getattr(torch, piece.form.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            bits, share = _encoded(name, change, move, new, old, dtype, index)
             piece.p[name], lost = {"bits": bits}, max(lost, share)
     others = [p for p in anew if p.form.at != "base"]
     for name, change in changes(delta, others, old):
@@ -227,14 +228,20 @@ def _written_anew(
             piece.p[module], piece.fixed[module] = {"b": change * move.scale}, {}
             continue
         piece = made.setdefault("dense", Piece(ANEW, FORMS.make("dense", {"dtype": "float32"}), {}, {}, {}))
-        bits, share = _encoded(name, change, move, new, torch.float32)
+        bits, share = _encoded(name, change, move, new, old, torch.float32)
         piece.sites[name], piece.p[name], piece.fixed[name] = new.site(name), {"bits": bits}, {}
         lost = max(lost, share)
     return [*exact, *made.values()], lost
 
 
 def _encoded(
-    name: str, change: Tensor, move: Transport, new: Target, dtype: torch.dtype, index: Tensor | None = None
+    name: str,
+    change: Tensor,
+    move: Transport,
+    new: Target,
+    old: Target,
+    dtype: torch.dtype,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Bits of the tuned parameter over the new base's, and the share of the change that rounding took."""
     base = new.tensor(name).detach().cpu()
@@ -245,13 +252,21 @@ def _encoded(
         base, change = base.flatten()[index], change.flatten()[index]
     tuned = move.carry(base, change).to(dtype)
     if not torch.isfinite(tuned).all():
-        raise LuthierError(
-            f"{name} is not finite after the port: the delta or a base holds NaN or infinity; check them"
-        )
+        raise LuthierError(f"{name} is not finite after the port: {_unsound(name, base, change, new, old)}")
     wanted = change * move.scale
     size = float(wanted.norm())
     share = float((tuned.float() - base.float() - wanted).norm()) / size if size else 0.0
     return encode(tuned, base), share
+
+
+def _unsound(name: str, base: Tensor, change: Tensor, new: Target, old: Target) -> str:
+    """Which side is to blame for a number that is none, and what to do."""
+    for what, value in ((f"the new base {new.name}", base), (f"the old base {old.name}", old.tensor(name))):
+        if not torch.isfinite(value).all():
+            return f"{what} holds NaN or infinity there; fetch it again"
+    if not torch.isfinite(change).all():
+        return "the delta's own change holds NaN or infinity there; train it again"
+    return f"the sum is beyond the range of {str(base.dtype)[6:]}; state onto: {{name: {new.name}, dtype: float32}}"
 
 
 def changes(delta: Delta, wanted: list[Piece], old: Target) -> Iterator[tuple[str, Tensor]]:
@@ -316,4 +331,6 @@ def finite(delta: Delta) -> None:
         for key, numbers in piece.p.items():
             for name, value in numbers.items():
                 if value.is_floating_point() and not math.isfinite(float(value.float().abs().sum())):
-                    raise LuthierError(f"piece '{piece.name}', {key}: {name} holds NaN or infinity: train it again")
+                    raise LuthierError(
+                        f"the delta's piece '{piece.name}', {key}: {name} holds NaN or infinity: train it again"
+                    )

@@ -57,6 +57,9 @@ class Checkpoint:
         self._files = Files()
         self._sources = _sources(self.model, list(self.places))
         self._aliases = _aliases(self.model)
+        taken = {key for keys, _ in self._sources.values() for key, _ in keys}
+        self.unread = sorted(set(self.places) - taken)
+        """Names in the files that the model has no place for."""
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     @cached_property

@@ -63,4 +63,6 @@ def compress(
     for key, words in (("compressed", "compressed"), ("tuned", "tuned on the text"), ("base", "base")):
         if key in far:
             plain(f"logits    {far[key]:.4g} from the tuned model's (root mean square), {words}")
+    for note in report["notes"]:
+        say(f"note: {note}")
     plain(f"written to {out}")

@@ -34,4 +34,6 @@ class SVD(Compression):
         rank = 16 if self.rank is None and self.energy is None else self.rank
         change = c.change.t() if c.site.kind == "embedding" else c.change
         a, b = balanced(*svd_to(change, rank=rank, energy=self.energy, generator=c.generator))
-        return Small(FORMS.make("lora", {"rank": len(a), "alpha": float(len(a))}), {"A": a, "B": b})
+        most = min(change.shape)
+        note = f"rank {rank} is more than a matrix has: {most} are kept" if (rank or 0) > most else ""
+        return Small(FORMS.make("lora", {"rank": len(a), "alpha": float(len(a))}), {"A": a, "B": b}, note=note)

@@ -37,6 +37,8 @@ class Small:
     """Numbers that may be tuned further (scales)."""
     fixed: dict[str, Tensor] = field(default_factory=dict)
     """Packed numbers: bytes, indices, codes."""
+    note: str = ""
+    """What of the settings had no effect at this weight; the same words at several weights are told once, with their number."""
 
 
 class Compression:

@@ -54,7 +54,8 @@ def compress(
     """
     own, spec = _spec(plan, tuned, method, settings, overrides)
     made: Compression = COMPRESSIONS.make(spec.method, spec.settings)
-    place = None if out is None else refuse_existing(out)
+    read = [spec.delta, spec.tuned, spec.base.name if spec.base is not None else None]
+    place = None if out is None else refuse_existing(out, read)
     _checks(made, spec)
     base, change, own, on = _sides(spec, own, made)
     outcome = run(base, change, made, spec, on, progress)
@@ -178,6 +179,7 @@ def _report(
         "total": totals(outcome.roles, file, parameters, tuned_bytes),
         "logits": outcome.logits,
         "tries": outcome.tries,
+        "notes": outcome.notes,
         "parameters": parameters,
         "seals": len(outcome.delta.seals),
         "probes": bool(outcome.delta.probes),

@@ -44,7 +44,7 @@ def diff(
     if not stated and (sites or rest != "exact"):
         raise LuthierError("sites and rest belong to an extraction: state a rank, an energy or a ratio with them")
     how = Extraction(rank, energy, ratio, tuple(sites), rest) if stated else None
-    refuse_existing(out)
+    refuse_existing(out, [base, tuned])
     one, two = Checkpoint(base), Checkpoint(tuned)
     found = take(one, two, out, how)
     if probes:

@@ -100,7 +100,7 @@ def edit(
     worked into it exactly. Errors: LuthierError in one line; nothing is written then.
     """
     spec, method = _understood(plan, overrides)
-    folder = refuse_existing(out)
+    folder = refuse_existing(out, [*spec.deltas, spec.base if isinstance(spec.base, str) else spec.base.name])
     records = _records(spec.records, method.task)
     parents = [_parent(path) for path in spec.deltas]
     for piece, name in [(p, f"parent{k}-{p.name}") for k, d in enumerate(parents) for p in d.pieces]:

@@ -135,8 +135,13 @@ def _read(path: str | os.PathLike[str]) -> Delta | None:
     return Delta.load(path)
 
 
-def load_base_for(base: Any, deltas: Sequence[Delta], fields: dict[str, Any], device: str | None) -> Target:
-    """Loads the base as the deltas found it: with their new tokens, labels and seed where none are stated."""
+def load_base_for(
+    base: Any, deltas: Sequence[Delta], fields: dict[str, Any], device: str | None, *, weights: bool = True
+) -> Target:
+    """Loads the base as the deltas found it: with their new tokens, labels and seed where none are stated.
+
+    weights: False gives names, sizes and tokenizer alone.
+    """
     if isinstance(base, (str, os.PathLike, BaseSpec)):
         spec = base if isinstance(base, BaseSpec) else None
         for key in fields:
@@ -153,7 +158,7 @@ def load_base_for(base: Any, deltas: Sequence[Delta], fields: dict[str, Any], de
             wanted = BaseSpec.model_validate(stated | fields)
         except ValidationError as e:
             raise LuthierError(f"base: {first_problem(e, stated | fields)}") from e
-        return _spoken(target(load_base(wanted, device=device, seed=seed)), deltas)
+        return _spoken(target(load_base(wanted, weights=weights, device=device, seed=seed)), deltas)
     if fields or device:
         raise LuthierError(
             f"{', '.join([*fields, *(['device'] if device else [])])} can be stated with a base's name only"

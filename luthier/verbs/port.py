@@ -69,7 +69,8 @@ def port(
         raise LuthierError(
             f"method '{spec.method}' steers while a model writes, and moves no weights: use luthier assemble"
         )
-    place = None if out is None else refuse_existing(out)
+    read = [spec.delta, spec.onto.name, spec.base.name if spec.base is not None else None]
+    place = None if out is None else refuse_existing(out, read)
     written = None
     if isinstance(onto, Target) or (onto is not None and not isinstance(onto, (str, os.PathLike, BaseSpec, Mapping))):
         given = target(onto)
@@ -100,6 +101,8 @@ def _port(
         own = old.adapter(spec.delta)
     old.delta = own
     finite(own)
+    if given is None and not own.base.get("new_tokens"):  # what does not fit is told before weights are read
+        fits(own, load_base_for(_resolved(spec.onto), [_wordless(own)], {}, None, weights=False), old.light())
     progress("loading the new base")
     new = given or load_base_for(_resolved(spec.onto), [_wordless(own)], {}, None)
     if given is None and Path(spec.onto.name).is_dir():

@@ -197,6 +197,9 @@ def test_the_command(pair: tuple[Path, Path], text: Path, tmp_path: Path, capsys
         assert command("compress", base, tuned, "-m", "compeft", *wrong, "-o", str(tmp_path / "e")) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "e").exists()
     assert command("compress", out, "-o", out) == 2
+    capsys.readouterr()
+    assert command("compress", base, tuned, "-o", str(Path(base) / "d")) == 2
+    assert "lies in" in capsys.readouterr().err and not (Path(base) / "d").exists()
 
 
 def command(*words: str) -> int:
@@ -217,6 +220,15 @@ def test_adapters_of_peft_are_sources(pair: tuple[Path, Path], tmp_path: Path) -
     to_peft(delta, tmp_path / "peft", base=on)
     compress(tmp_path / "peft", method="svd", rank=3, out=tmp_path / "d")
     assert torch.allclose(quiet(load(str(base), [tmp_path / "d"]), IDS), wanted, atol=1e-5)
+
+
+def test_a_rank_above_a_matrixs_is_told_of(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "d")
+    assert command("compress", *map(str, pair), "-m", "svd", "rank=100000", "-o", out, "-q") == 0
+    assert "note: rank 100000 is more than a matrix has: 32 are kept (10 of 14 matrices)" in capsys.readouterr().err
+    assert compress(*pair, method="svd", rank=16, probes=False).report["notes"] == []
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

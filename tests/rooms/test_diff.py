@@ -282,6 +282,41 @@ def test_tied_heads(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
+def test_a_tensor_that_the_tuned_model_has_alone_is_not_lost(tmp_path: Path) -> None:
+    base, tuned, _ = pair(tmp_path, everything)
+    with silent():
+        tiny("llama").save_pretrained(tmp_path / "more")
+    tiny_tokenizer().save_pretrained(tmp_path / "more")
+    values = load_file(tmp_path / "more" / "model.safetensors")
+    extra = {
+        "model.layers.0.self_attn.gate.weight": torch.ones(3),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(values | extra, tmp_path / "more" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        LuthierError, match=r"more holds model.layers.0.self_attn.gate.weight, .* take the tensor out"
+    ) as e:
+        diff(base, tmp_path / "more", out=tmp_path / "d")
+    assert "\n" not in str(e.value) and not (tmp_path / "d").exists()
+    save_file(load_file(Path(base) / "model.safetensors") | extra, Path(base) / "model.safetensors", {"format": "pt"})
+    moved = {k: v + 0.1 if k == "model.norm.weight" else v for k, v in values.items()}
+    save_file(moved | extra, tmp_path / "more" / "model.safetensors", {"format": "pt"})
+    assert diff(base, tmp_path / "more", out=tmp_path / "d", probes=False).notes == []
+
+
+def test_a_head_that_is_stored_though_tied_is_told_of(tmp_path: Path) -> None:
+    base, tuned, _ = pair(tmp_path, everything, tie_word_embeddings=True)
+    for file in Path(tuned).glob("model*"):
+        file.unlink()
+    values = load_file(Path(base) / "model.safetensors")
+    table = values["model.embed_tokens.weight"]
+    moved = values | {"model.norm.weight": values["model.norm.weight"] + 0.1}
+    for head, said in ((table.clone(), 0), (table + 0.1, 1)):
+        save_file(moved | {"lm_head.weight": head}, Path(tuned) / "model.safetensors", {"format": "pt"})
+        notes = diff(base, tuned, out=tmp_path / f"d{said}", probes=False).notes
+        assert len(notes) == said and all("stores lm_head.weight apart" in n for n in notes)
+
+
 def nan(folder: str) -> None:
     file = Path(folder) / "model.safetensors"
     values = load_file(file)
@@ -353,15 +388,19 @@ def test_other_models(tmp_path: Path) -> None:
         tiny("qwen3").save_pretrained(tmp_path / "qwen")
         tiny("llama", vocab_size=tiny("llama").config.vocab_size + 5).save_pretrained(tmp_path / "wide")
         tiny("llama", attention_bias=True).save_pretrained(tmp_path / "bias")
+        tiny("llama", hidden_size=64).save_pretrained(tmp_path / "broad")
     for other, told in (
         ("qwen", "is llama .* is qwen3"),
         ("wide", "a vocabulary of another size"),
+        ("broad", r"is 128 x 32 in .* and 128 x 64 in .*: not of one base$"),
         ("bias", "has model.layers.0.self_attn.k_proj.bias"),
         ("base", "hold the same values"),
         ("nowhere", "no such folder"),
     ):
         with pytest.raises(LuthierError, match=told):
             diff(base, tmp_path / other, out=tmp_path / "d")
+    with pytest.raises(LuthierError, match="lies in .*qwen, which is read"):
+        diff(base, tmp_path / "qwen", out=tmp_path / "qwen" / "d")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(LuthierError, match="not empty"):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from luthier.algebra.port import reads_base
 from luthier.bridge.target import logits_of, target
+from luthier.cli import main
 from luthier.delta import MOVES
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
@@ -219,6 +221,38 @@ def test_bad_input_is_one_line(old: Path, new: Path, tmp_path: Path) -> None:
     exact.base["name"] = str(tmp_path / "gone")
     with pytest.raises(LuthierError, match="gone"):
         port(exact, new)
+
+
+def test_the_side_that_is_unsound_is_named(old: Path, tmp_path: Path) -> None:
+    def spoilt(name: str, seed: int = 0) -> Path:
+        folder = base_at(tmp_path / name, seed=seed)
+        values = load_file(folder / "model.safetensors")
+        values["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(values, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    with pytest.raises(LuthierError, match=r"up_proj.weight is not finite .*: the new base .*new holds NaN") as caught:
+        port(full_of(old), spoilt("new", 5))
+    assert "\n" not in str(caught.value)
+    broken = target(str(old))
+    delta = full_of(old)
+    broken.tensor("model.layers.0.mlp.up_proj.weight").detach()[0, 0] = float("nan")
+    delta.base["fingerprint"] = None
+    with pytest.raises(LuthierError, match=r"the old base .* holds NaN"):
+        port(delta, base_at(tmp_path / "sound", seed=5), base=broken)
+
+
+def test_what_does_not_fit_is_told_before_anything_else(
+    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delta_of(old, "lora", rank=2).save(tmp_path / "delta")
+    base_at(tmp_path / "deep", num_hidden_layers=3)
+    capsys.readouterr()
+    for where, said in (("out", "sizes differ"), ("delta/out", "lies in")):
+        with pytest.raises(SystemExit) as left:
+            main(["port", str(tmp_path / "delta"), "--onto", str(tmp_path / "deep"), "--out", str(tmp_path / where)])
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.count("\n") == 1 and said in told
 
 
 def test_connectivity(old: Path, new: Path) -> None:
