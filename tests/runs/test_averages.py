@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from luthier.delta import MERGES, Stack
 from luthier.errors import LuthierError
 from luthier.training.run import build
-from tests.runs.support import World, assert_same, interrupted, run
+from tests.runs.support import World, assert_same, interrupted, run, write_records
 
+RECIPES = Path(__file__).parents[2] / "luthier" / "recipes"
 LORA = [{"form": "lora", "rank": 2, "sites": ["attn.q"]}]
 FULL = [{"choice": "full"}]
 SLOW = "luthier.training.averages:SlowWeights(momentum=0.75, every=2)"
@@ -21,10 +23,12 @@ STOCK = "luthier.training.averages:PeriodicStock(every=3)"
 
 
 def watched(
-    world: World, out: Path, delta: Any, callback: str, steps: int = 12
+    world: World, out: Path, delta: Any, callback: str, steps: int = 12, **sections: Any
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """The trained numbers before step one and as every step left them before the callback, and those at the end."""
-    training = build(world.plan(delta, train={"callbacks": [callback], "steps": steps}), out, progress=False)
+    training = build(
+        world.plan(delta, train={"callbacks": [callback], "steps": steps}, **sections), out, progress=False
+    )
     names = training.loop.optimiser.names
     copy = lambda: {k: p.detach().clone() for k, p in names.items()}  # noqa: E731
     seen, last = [copy()], training.loop.optimiser.torch.step
@@ -48,6 +52,24 @@ def test_slow_weights_are_the_closed_form(delta: Any, world: World, tmp_path: Pa
         for k, fast in enumerate(reversed(every)):
             closed = closed + 0.25 * 0.75**k * fast[name]
         assert torch.allclose(end[name], closed, atol=1e-6) and not torch.equal(end[name], seen[-1][name])
+
+
+def test_a_stream_of_tasks_in_one_run_is_met_in_order_by_weights_that_train_on(world: World, tmp_path: Path) -> None:
+    """As the recipe states it: one task's records after the other's, and neither fast nor slow weights set back between."""
+    paths = [str(world.records), str(tmp_path / "second.jsonl")]
+    write_records(Path(paths[1]), 32, seed=1)
+    recipe = yaml.safe_load((RECIPES / "slow-weights.yaml").read_text(encoding="utf-8"))
+    data = {"train": paths, **{k: recipe["data"][k] for k in ("shuffle", "bucket")}}
+    assert recipe["train"]["schedule"] == "constant" and len(recipe["data"]["train"]) == 2
+    feed = build(world.plan(LORA, data=data), tmp_path / "order", progress=False).data.batches(4)
+    met = [{paths[1] in where for where in batch["where"]} for batch in feed.one_epoch()]
+    assert met == [{False}] * 16 + [{True}] * 8
+    seen, end = watched(world, tmp_path / "run", LORA, SLOW, 24, data=data)
+    for name, start in seen[0].items():
+        closed = start
+        for fast in seen[2::2]:
+            closed = closed.lerp(fast[name], 0.25)
+        assert torch.allclose(end[name], closed, atol=1e-6) and not torch.equal(end[name], start)
 
 
 def test_slow_weights_leave_the_fast_ones_alone(world: World, tmp_path: Path) -> None:
