@@ -18,7 +18,7 @@ from luthier.training.run import build
 ABOUT = "DPO raises the gold reward with an honest annotator, and overfits one who likes length: the proxy rises, gold does not"
 PAPERS = ("P455", "P029", "P214")
 BASE = "practice/s"
-ARMS = {"start": (), "honest": (3e-5, 1e-4, 3e-4), "vain": (3e-5, 1e-4, 3e-4)}
+ARMS = {"start": (), "honest": (1e-4, 3e-4, 1e-3), "vain": (1e-4, 3e-4, 1e-3)}
 CHOSEN_BY = "proxy"
 CLAIMS = (
     Claim("an honest annotator's pairs raise the gold reward", "start:gold", "honest:gold", effect=0.03),
