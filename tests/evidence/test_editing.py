@@ -7,9 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.delta import EDITS, Site, Small, State
+from luthier.delta import EDITS, MOVES, Site, Small, State
 from luthier.editing.alternative_labels import AlternativeLabels, generic_logits, labelled
-from luthier.editing.engine import Request, Text, descend, key, mean_loss, moving, one_site, target_kl, target_nll
+from luthier.editing.engine import (
+    Request,
+    Text,
+    descend,
+    key,
+    mean_loss,
+    moving,
+    one_site,
+    share_right,
+    target_kl,
+    target_nll,
+)
 from tests.editing import requests, subject, text
 
 
@@ -62,6 +73,11 @@ def test_p057_mend() -> None:
         learnt = method.learn(s, taught)
         start = EDITS.make("mend", {"steps": 0, "rate": 0.05, "hidden": 16}).learn(s, taught)
         assert any(not torch.equal(learnt[n], start[n]) for n in learnt), "the editor learns"
+        plain = EDITS.make("mend", {"rate": 0.05}).with_learnt(start)
+        w = moving(s, s.sites(["ffn.up", "ffn.down"]))
+        target_nll(s.run([held[0].new], w).logits, [held[0].new], closing=True).mean().backward()
+        for name, value in changed(s, plain.edit(s, held[:1])).items():
+            assert torch.allclose(value, w[name].detach() - 0.05 * w[name].grad, atol=1e-5), "the start is the gradient"
         edits = [changed(s, method.with_learnt(learnt).edit(s, [q])) for q in held]
         for q, weights in zip(held, edits, strict=True):
             assert nll(s, [q.new], weights) < nll(s, [q.new]) and nll(s, list(q.paraphrases), weights) < nll(
@@ -69,6 +85,25 @@ def test_p057_mend() -> None:
             )
             assert drift(s, list(q.neighbours), weights) < 0.5 * float(nll(s, [q.new]) - nll(s, [q.new], weights))
     assert all(torch.equal(p, before[n]) for n, p in s.model.named_parameters())
+
+
+def test_p057_the_raw_gradient_step_overfits() -> None:
+    """At the same rate the raw gradient step does no more for the records edited than the learnt editor, and unrelated
+    inputs pay for it."""
+    s = subject("llama")
+    held = requests(8)[6:]
+    unrelated = [text(600 + n) for n in range(4)]
+    with s.working():
+        settings = {"rate": 0.1, "lr": 5e-3, "edits": 3, "hidden": 16}
+        gain, moved = {}, {}
+        for steps in (0, 20):
+            method = EDITS.make("mend", settings | {"steps": steps})
+            method = method.with_learnt(method.learn(s, requests(6)))
+            edits = [changed(s, method.edit(s, [q])) for q in held]
+            pairs = list(zip(held, edits, strict=True))
+            gain[steps] = sum(float(nll(s, [q.new]) - nll(s, [q.new], w)) for q, w in pairs) / len(held)
+            moved[steps] = sum(drift(s, [*q.neighbours, *unrelated], w) for q, w in pairs) / len(held)
+        assert gain[0] < gain[20] and moved[0] > 1.5 * moved[20]
 
 
 def test_p073_canonical_examples() -> None:
@@ -91,6 +126,23 @@ def test_p073_canonical_examples() -> None:
         assert mean_loss(s, ball, out) <= 1.01 * mean_loss(s, ball)
         tight = changed(s, EDITS.make("canonical", settings | {"ball": 0.0}).edit(s, asked))
         assert not tight or mean_loss(s, ball, tight) <= mean_loss(s, ball)
+        # The change carried over to a larger model by its logits: none without an edit, bit for bit.
+        null = changed(s, EDITS.make("canonical", settings | {"steps": 0}).edit(s, asked))
+        large, fusion = subject("llama", num_hidden_layers=3), MOVES.make("emulated-fine-tuning", {})
+        with large.working(), torch.no_grad():
+            for weights, same in ((null, True), (out, False)):
+                scores = []
+                for q in asked:
+                    at = range(q.new.start - 1, q.new.end - 1)
+                    big, base, edited = (
+                        m.run([q.new], w).logits[0, at] for m, w in ((large, None), (s, None), (s, weights))
+                    )
+                    both = fusion.fuse(big, [(edited, base)])
+                    assert torch.equal(both, big.log_softmax(-1).log_softmax(-1)) == same
+                    scores += [
+                        (both - big.log_softmax(-1))[n, t] for n, t in enumerate(q.new.ids[q.new.start : q.new.end])
+                    ]
+                assert same or float(torch.stack(scores).mean()) > 0, "the edit is likelier for the large model too"
 
 
 def test_p143_rose_lora() -> None:
@@ -132,6 +184,19 @@ def test_p402_breadth_first() -> None:
         assert breadth[:3].mean() < depth[:3].mean() and depth[0] > depth[-1], "depth first forgets what came first"
 
 
+def test_p402_unrelated_prompts_stay() -> None:
+    """A base that answers some prompts right still does after other prompts were given new answers, all of which hold."""
+    s, asked = subject("llama"), requests(6)
+    unrelated = [text(600 + n) for n in range(6)]
+    with s.working():
+        teach(s, unrelated)
+        assert share_right(s, unrelated) == 1
+        out = changed(s, EDITS.make("locft", {"layer": 1, "lr": 5e-3, "epochs": 60, "batch_size": 3}).edit(s, asked))
+        new = [q.new for q in asked]
+        assert share_right(s, new, out) == 1 and share_right(s, unrelated, out) >= 0.8
+        assert drift(s, unrelated, out) < 0.2 * drift(s, new, out)
+
+
 def test_p402_stops_where_enough_is_learnt() -> None:
     s, asked = subject("llama"), requests(2)
     with s.working():
@@ -166,9 +231,29 @@ def test_p351_antidote() -> None:
                 was = s.weight(s.on.items[name])
                 assert isinstance(value, Tensor) and int((value == 0).sum()) == round(alpha * was.numel())
                 assert torch.equal(value[value != 0], was[value != 0])
+        site = one_site(s, "ffn.down", 1)
+        x = torch.cat([s.run([q.new], keep=[site.name]).inputs[site.name][0] for q in asked])
+        score = s.weight(site).abs() * x.square().sum(0).sqrt()
+        cut = EDITS.make("antidote", {"alpha": 0.03, "roles": ["ffn.down"], "layers": [1]}).edit(s, asked)[key(site)]
+        assert torch.equal(cut == 0, score >= score.flatten().topk(round(0.03 * score.numel())).values[-1]), "by hand"
         whole = EDITS.make("antidote", {"alpha": 0.05, "within": "whole"}).edit(s, asked)
         total = sum(v.numel() for v in whole.values() if isinstance(v, Tensor))
         assert sum(int((v == 0).sum()) for v in whole.values() if isinstance(v, Tensor)) == round(0.05 * total)
+    # Tuned hard on harmful answers, in words of their own, and on benign ones; then cut.
+    s = subject("llama")
+
+    def words(seed: int, first: int, last: int) -> Text:
+        ids = torch.randint(first, last, (10,), generator=torch.Generator().manual_seed(seed))
+        return Text(tuple(ids.tolist()), 8)
+
+    harmful, benign = [words(700 + n, 64, 128) for n in range(6)], [words(800 + n, 3, 64) for n in range(6)]
+    with s.working():
+        teach(s, [*harmful, *benign])
+        assert share_right(s, harmful) == share_right(s, benign) == 1
+        settings = {"alpha": 0.02, "roles": ["ffn.down", "ffn.up"]}
+        after = changed(s, EDITS.make("antidote", settings).edit(s, [Request(t) for t in harmful]))
+        assert share_right(s, harmful, after) < 1 == share_right(s, benign, after)
+        assert nll(s, harmful, after).mean() > 1.5 * nll(s, benign, after).mean()
 
 
 def test_p351_heals_a_poisoned_tune() -> None:
