@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.read import read
+from luthier.data.read import open_source, read
 from luthier.data.records import example, recognise
 from luthier.errors import LuthierError
 from luthier.measuring.checks import ACCURACY, LOSS, PERPLEXITY, Kind, Metric
@@ -34,6 +35,24 @@ class Prepared:
     max_new_tokens: int = 64
     dropped: dict[str, int] = field(default_factory=dict)
     """Records that could not be measured, by reason."""
+
+
+def known(spec: AuditSpec, whose: str | os.PathLike[str]) -> None:
+    """Whether every check's source and metric are there, before a model is loaded. `whose`: the plan, for the error,
+    which names the key too."""
+    built_in = {"auto", "practice", *(m.name for m in (LOSS, PERPLEXITY, ACCURACY))}
+    for group in ("target", "guards", "shifted"):
+        for number, check in enumerate(getattr(spec, group)):
+            key = f"{whose}: audit.{group}.{number}"
+            try:
+                open_source(check.source)
+            except LuthierError as e:
+                raise LuthierError(f"{key}.source: {e}") from e
+            try:
+                if check.metric not in built_in:
+                    get_verifier(check.metric, check.metric_options)
+            except LuthierError as e:  # which begins with the setting's name
+                raise LuthierError(f"{key}.{e}") from e
 
 
 def prepare_checks(base: Any, spec: AuditSpec, data: DataSpec | None = None, seed: int = 0) -> list[Prepared]:

@@ -10,18 +10,16 @@ from typing import Any, TypeVar
 
 from luthier.attach import Above, Attached
 from luthier.attach.assembly import switch
-from luthier.data.read import open_source
 from luthier.delta.artefact import Delta
 from luthier.delta.folder import free_for_files
 from luthier.delta.wiring import Wiring, is_assembly
 from luthier.errors import LuthierError
 from luthier.measuring.audit import audit as measure
-from luthier.measuring.checks import ACCURACY, LOSS, PERPLEXITY
 from luthier.measuring.items import Switch
 from luthier.measuring.report import write_report
+from luthier.measuring.sources import known
 from luthier.plan import Plan
 from luthier.plan.measuring import load_measuring
-from luthier.sampling.verifiers import get_verifier
 from luthier.verbs.load import load_all
 
 P = TypeVar("P", bound=Plan)
@@ -68,7 +66,7 @@ def audit(
     if plan is None:
         read = distrusted(read, folder, overrides)
     named = plan if isinstance(plan, (str, os.PathLike)) else "plan"
-    known(read, f"the plan inside {folder}" if plan is None else named)
+    known(read.audit, f"the plan inside {folder}" if plan is None else named)
     spec = read.audit.model_copy(update={"enabled": True})
     place = free_for_files(Path(out) if out is not None else folder / "audit")
     if (place / "delta.json").exists():
@@ -96,24 +94,6 @@ def _switch(model: Any) -> Switch:
     if not isinstance(found, Attached):
         return found
     return Above(found, frozenset(name for name in found.pieces if name.startswith("parent")))
-
-
-def known(read: Plan, whose: str | os.PathLike[str]) -> None:
-    """Whether every check's source and metric are there, before a model is loaded. `whose`: the plan, for the error,
-    which names the key too."""
-    built_in = {"auto", "practice", *(m.name for m in (LOSS, PERPLEXITY, ACCURACY))}
-    for group in ("target", "guards", "shifted"):
-        for number, check in enumerate(getattr(read.audit, group)):
-            key = f"{whose}: audit.{group}.{number}"
-            try:
-                open_source(check.source)
-            except LuthierError as e:
-                raise LuthierError(f"{key}.source: {e}") from e
-            try:
-                if check.metric not in built_in:
-                    get_verifier(check.metric, check.metric_options)
-            except LuthierError as e:  # which begins with the setting's name
-                raise LuthierError(f"{key}.{e}") from e
 
 
 def distrusted(read: P, folder: Path, overrides: Sequence[str]) -> P:

@@ -15,6 +15,7 @@ from luthier.measuring.cost import Watch
 from luthier.measuring.gate import POWER
 from luthier.measuring.gate import gate as measure
 from luthier.measuring.gate_page import write_gate
+from luthier.measuring.sources import known
 from luthier.plan.measuring import limits, load_measuring
 from luthier.plan.schema import Plan
 from luthier.training.certificate import versions
@@ -57,6 +58,7 @@ def gate(
     read = load_measuring(plan, overrides)
     if not read.audit.enabled:
         raise LuthierError("the plan's audit is switched off: state audit.enabled: true, or leave it out")
+    known(read.audit, plan if isinstance(plan, str | os.PathLike) else "plan")
     inside = is_delta(Path(new)) or is_assembly(Path(new))
     place = Path(out) if out is not None else Path(new) / "gate" if inside else Path("gate")
     free_for_files(place)

@@ -24,7 +24,7 @@ from luthier.measuring.audit import Audit, audit
 from luthier.measuring.cost import folder_bytes
 from luthier.measuring.norms import Change, norms
 from luthier.measuring.report import write_report
-from luthier.measuring.sources import Prepared, prepare_checks
+from luthier.measuring.sources import Prepared, known, prepare_checks
 from luthier.plan import Plan
 from luthier.plan.load import load_plan
 from luthier.training.certificate import versions
@@ -78,6 +78,7 @@ def tune(
     SIGTERM) has saved a checkpoint and gives a Run with `stopped` set, without measurements; asked while it measures, it
     leaves its delta whole.
     """
+    named = plan if isinstance(plan, str | os.PathLike) else "plan"
     plan = load_plan(plan, overrides)
     if not os.fspath(out).strip():
         raise LuthierError("out is empty: name the folder for the delta and the report")
@@ -85,6 +86,8 @@ def tune(
         from luthier.verbs.dry_run import dry_run as predict
 
         return predict(plan)
+    if plan.audit.enabled:
+        known(plan.audit, named)
     if plan.push_to:
         check_push(plan.push_to)
     folder = Path(out)
