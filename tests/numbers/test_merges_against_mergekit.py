@@ -73,7 +73,7 @@ def edges_aside(name: str, apart: Tensor, got: Tensor) -> Tensor:
     return apart.masked_fill(near, 0)
 
 
-@pytest.mark.parametrize("seed", range(4, 8))
+@pytest.mark.parametrize("seed", range(4))
 def test_norms_round_as_torchs_own_in_float16(seed: int) -> None:
     """multislerp's formula written plainly, on tensors of which the norms lie near the edge of rounding."""
     g = torch.Generator().manual_seed(seed)
