@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--what", nargs="+", default=["lora", "full"])
     parser.add_argument("--types", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("LUTHIER_DATA", "../shared/data")) / "gsm8k/train.jsonl"
     )
