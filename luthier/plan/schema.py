@@ -68,7 +68,9 @@ class SourceSpec(Section):
     ] = Field("auto", description="Record shape; auto recognises it by the columns.")
     columns: dict[str, str] = Field({}, description="Our column name -> the file's (prompt: question …).")
     constants: dict[str, Any] = Field({}, description="Column values every record gets (system: …).")
-    split: str = Field("train", description="Split of a hub dataset, of a folder whose files name theirs, or of a practice family.")
+    split: str = Field(
+        "train", description="Split of a hub dataset, of a folder whose files name theirs, or of a practice family."
+    )
     subset: str | None = Field(
         None, description="Configuration name of a hub dataset; of practice records: preferences."
     )
