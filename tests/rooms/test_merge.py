@@ -805,7 +805,7 @@ merge(sys.argv[2], out=sys.argv[3])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_a_model_twice_as_large_as_memory_is_merged(method: str, tmp_path: Path) -> None:
-    layers, width, limit = 30, 768, 64 << 20
+    layers, width, limit = 36, 768, 80 << 20
     shapes = {
         f"model.layers.{i}.mlp.{n}_proj.weight": (width, 2 * width) for i in range(layers) for n in ("up", "gate")
     }
