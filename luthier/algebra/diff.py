@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.algebra.pairs import card_of, comparable
+from luthier.algebra.pairs import card_of, comparable, grown
 from luthier.algebra.stacking import lora_of, lora_piece
 from luthier.attach.sites import site_of
 from luthier.attach.weights import oriented
@@ -185,12 +185,14 @@ def diff(base: Checkpoint, tuned: Checkpoint, out: str | os.PathLike[str], how: 
 
     how: None for the exact delta, integer differences of the bit patterns: applied to the base it gives the tuned values
     bit for bit. Parameters that did not change are left out; of those where few entries did, only these are kept. Memory
-    is that of the largest tensor, a few times over. The delta carries both fingerprints, seals and what was found; probes
+    is that of the largest tensor, a few times over. Tokens that only `tuned` has are the delta's new tokens, their rows
+    differences from those that the base starts with. The delta carries both fingerprints, seals and what was found; probes
     need the models whole and are the verb's. Raises LuthierError in one line where the two do not belong together.
     """
     out = Path(out)
     refuse_existing(out)
     rows: dict[str, Row] = {}
+    base = grown(base, tuned)
     comparable(base, tuned)
     card, files, notes = card_of(base, tuned)
     lora = _lora_sites(base, how)
@@ -205,7 +207,7 @@ def diff(base: Checkpoint, tuned: Checkpoint, out: str | os.PathLike[str], how: 
         wide, other = base.dtype(), tuned.dtype()
         for name, was in base.tensors():
             now = tuned.tensor(name)
-            held = was.to(wide)
+            held = (base.stored(name) if name in base.tables else was).to(wide)
             full.add(name, held)
             ours.add(name, held)
             theirs.add(name, now.to(other))

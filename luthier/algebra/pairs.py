@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,25 @@ from luthier.algebra.checkpoints import RECOMPUTED
 from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.errors import LuthierError
+
+
+def grown(base: Checkpoint, tuned: Checkpoint) -> Checkpoint:
+    """The base with rows for the tokens that `tuned` alone has, as tuning with base.new_tokens starts from it.
+
+    `base` itself where there are none, or where they do not explain the difference (a table that is larger than its
+    tokenizer, old tokens with other ids, a bias of the head): then `comparable` says what does not fit.
+    """
+    ours, theirs = base.tokenizer, tuned.tokenizer
+    if ours is None or theirs is None:
+        return base
+    known, wanted = ours.get_vocab(), theirs.get_vocab()
+    more = sorted(wanted.keys() - known.keys(), key=wanted.__getitem__)
+    if not more or any(wanted.get(token) != i for token, i in known.items()):
+        return base
+    made = Checkpoint(base.spec.model_copy(update={"new_tokens": more}), base.kind)
+    alike = all(made.shapes[n] == shape for n, shape in base.shapes.items() if n not in made.tables)
+    fits = all(made.shapes[n] == tuned.shapes.get(n) for n in made.tables)
+    return made if alike and fits and made.tokenizer.get_vocab() == wanted else base
 
 
 def comparable(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -96,9 +117,20 @@ def card_of(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], dict[s
         one_vocabulary(base, tuned)
         if fingerprint_tokenizer(theirs) != card["tokenizer"]:
             notes.append("the tokenizers split or mark text differently, on one vocabulary: the base's counts")
+        if base.spec.new_tokens:
+            card |= {"new_tokens": list(base.spec.new_tokens), "seed": 0}
+            files |= _saved(ours)
+            notes.append(f"{len(base.spec.new_tokens)} new tokens, whose rows and tokenizer travel along")
         own = theirs.chat_template
         if isinstance(own, str) and own and fingerprint_template(own) != card["template"]:
             card["template"] = fingerprint_template(own)
             files["chat_template.jinja"] = own.encode()
             notes.append("the tuned model's chat template travels along")
     return card, files, notes
+
+
+def _saved(tokenizer: Any) -> dict[str, bytes]:
+    """A tokenizer's files by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}

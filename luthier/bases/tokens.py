@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from luthier.errors import LuthierError
 
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>", "<|endoftext|>")
 """Names under which vocabularies carry a pad token, in order of trust."""
-
-
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that are their tokenizer.json and nothing else."""
+ROWS = 4096
+"""Rows of a table worked on at once in float64."""
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -85,8 +86,8 @@ def choose_pad(tokenizer: Any, rows: int) -> str | None:
 def add_tokens(tokenizer: Any, model: nn.Module, tokens: list[str], seed: int = 0) -> list[int]:
     """Add tokens to tokenizer and model; returns their ids, which are their rows in embeddings and head.
 
-    A new row is the mean of the old rows plus seeded noise of a hundredth of their spread, so that the rows differ.
-    Raises LuthierError for a token that is already there or stated twice.
+    A new row is the mean of the old rows plus seeded noise of a hundredth of their spread, so that the rows differ; see
+    `start_rows`. Raises LuthierError for a token that is already there or stated twice.
     """
     from tokenizers import AddedToken
 
@@ -94,7 +95,6 @@ def add_tokens(tokenizer: Any, model: nn.Module, tokens: list[str], seed: int = 
     for number, token in enumerate(tokens):
         if token in vocabulary or token in tokens[:number] or not token:
             raise LuthierError(f"base.new_tokens: '{token}' is already a token, or empty; leave it out")
-    before = len(tokenizer)
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in tokens])
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(tokens)]
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:  # pyright: ignore
@@ -102,14 +102,27 @@ def add_tokens(tokenizer: Any, model: nn.Module, tokens: list[str], seed: int = 
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]  # pyright: ignore
     weights = {id(t.weight): t.weight for t in tables if t is not None}
     for weight in weights.values():
-        _start_rows(weight, ids, before, seed)
+        start_rows(weight, ids, seed)
     return ids
 
 
 @torch.no_grad()
-def _start_rows(weight: torch.Tensor, ids: list[int], before: int, seed: int) -> None:
+def start_rows(weight: torch.Tensor, ids: Sequence[int], seed: int = 0) -> None:
+    """Fills the rows `ids` of a table [rows, width] by the rows below the first of them; not on the meta device.
+
+    The numbers are the same on every device and in every type that the table may be held in: sums in float64, on the CPU,
+    and values that bfloat16 and float16 both hold. A delta's exact differences at these rows rest on that.
+    """
     if weight.is_meta:
         return
-    old = weight[: min(before, min(ids))].float()
-    noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(seed)).to(weight.device)
-    weight[ids] = (old.mean(0) + 0.01 * old.std(0) * noise).to(weight.dtype)
+    old, count = weight[: min(ids)], max(1, min(ids))
+    mean, square = (torch.zeros(weight.shape[1], dtype=torch.float64) for _ in range(2))
+    for part in old.split(ROWS):
+        wide = part.cpu().double()
+        mean += wide.sum(0)
+        square += wide.square().sum(0)
+    mean /= count
+    spread = (square - count * mean.square()).clamp(min=0).div(max(1, count - 1)).sqrt()
+    noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    made = (mean + 0.01 * spread * noise).to(torch.float16).to(torch.bfloat16)
+    weight[list(ids)] = made.to(weight.device, weight.dtype)

@@ -16,7 +16,7 @@ from luthier.attach.sites import parameter_items
 from luthier.bases.fingerprint import base_tensors
 from luthier.bases.load import load_base
 from luthier.bases.locate import locate, read_json
-from luthier.bases.tokens import load_tokenizer
+from luthier.bases.tokens import start_rows
 from luthier.bridge.tensors import Files, Place, read_places
 from luthier.bridge.weights_file import DTYPES, index_of
 from luthier.delta import Site
@@ -41,15 +41,20 @@ class Checkpoint:
     """
 
     def __init__(self, name: str | os.PathLike[str] | BaseSpec, kind: str | None = None) -> None:
-        """name: a folder, 'practice', or a hub name. kind: causal, classify or seq2seq; default as the config says."""
+        """name: a folder, 'practice', or a hub name; a BaseSpec with new tokens gives the base with rows for them, as it is
+        when loaded. kind: causal, classify or seq2seq; default as the config says."""
         spec = name if isinstance(name, BaseSpec) else BaseSpec.model_validate({"name": os.fspath(name)})
         folder = locate(spec)
         kind = kind or kind_in(folder)
-        base = load_base(spec.model_copy(update={"kind": kind}), weights=False, tokenizer=False)
-        self.name, self.folder, self.kind = spec.name, folder, kind
+        words = spec.tokenizer is not None or has_tokenizer(folder)
+        base = load_base(spec.model_copy(update={"kind": kind}), weights=False, tokenizer=words)
+        self.spec, self.name, self.folder, self.kind = spec, spec.name, folder, kind
         self.model: Any = base.model
         self.roles = base.roles
-        self.tokenizer: Any = load_tokenizer(folder, spec.trust_remote_code) if has_tokenizer(folder) else None
+        self.tokenizer: Any = base.tokenizer
+        self.new_rows = base.new_rows
+        self.tables = frozenset(_tables(self.model)) if self.new_rows else frozenset()
+        """Names of the parameters in which the new tokens have rows."""
         files = index_of(folder)
         self.places: dict[str, Place] = {}
         for file in dict.fromkeys(files.values()):
@@ -95,7 +100,18 @@ class Checkpoint:
         return next((n for n in (name, *self._aliases.get(name, ())) if n in self._sources), None)
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter's values in memory's layout and the file's type; read when it is asked for.
+        """A parameter's values in memory's layout and the file's type, with the rows of new tokens; read when it is asked
+        for. Errors as of `stored`."""
+        value = self.stored(name)
+        if name not in self.tables:
+            return value
+        more = self.shapes[name][0] - value.shape[0]
+        value = torch.cat([value, value.new_zeros(more, *value.shape[1:])])
+        start_rows(value, self.new_rows)
+        return value
+
+    def stored(self, name: str) -> Tensor:
+        """The same without rows of new tokens, as the base's fingerprint takes it.
 
         Raises LuthierError where the folder lacks it, its shape is not the config's, or it is not floating point.
         """
@@ -112,6 +128,8 @@ class Checkpoint:
                 self._last = (keys[0][0], made)
             value = made[own]
         wanted = self.shapes[name]
+        if name in self.tables and min(self.new_rows) <= value.shape[0] <= wanted[0]:
+            wanted = (value.shape[0], *wanted[1:])
         if tuple(value.shape) != wanted:
             raise LuthierError(
                 f"{self.folder}: {name} has shape {tuple(value.shape)}, its config says {wanted}: fetch it again"
@@ -158,6 +176,13 @@ def kind_in(folder: Path) -> str:
         return "seq2seq"
     stated = " ".join(config.get("architectures") or ())
     return "classify" if "ForSequenceClassification" in stated else "causal"
+
+
+def _tables(model: Any) -> list[str]:
+    """Names of the embedding's and the head's weights, tied ones too."""
+    tables = [t for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None]
+    weights = {id(t.weight) for t in tables}
+    return [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in weights]
 
 
 def _aliases(model: Any) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from luthier.algebra import diff as differ
 from luthier.bases.fingerprint import full_fingerprint
 from luthier.bases.load import quiet as silent
+from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.proof import prove
 from luthier.cli.app import app
 from luthier.delta.artefact import Delta
@@ -317,6 +318,88 @@ def test_a_head_that_is_stored_though_tied_is_told_of(tmp_path: Path) -> None:
         assert len(notes) == said and all("stores lm_head.weight apart" in n for n in notes)
 
 
+def widened(place: Path, family: str, dtype: torch.dtype, rows: int, more: int = 3, **settings: Any) -> dict[str, Any]:
+    """A base and what it was tuned to with `more` tokens added and a table of `rows` rows; the tuned parameters."""
+    base, tuned, _ = pair(place, lambda n, p, g: None, family, dtype, **settings)
+    words = tiny_tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<new0>"]}, replace_extra_special_tokens=False)
+    words.add_tokens([f"<new{i}>" for i in range(1, more)])
+    with silent():
+        model = tiny(family, **settings).to(dtype)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        g = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_((torch.randn(p.shape, generator=g) * 0.02).to(dtype))
+        for file in Path(tuned).glob("model*"):
+            file.unlink()
+        model.save_pretrained(tuned)
+    words.save_pretrained(tuned)
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+GROWN = [
+    ("llama", torch.float32, 106, {"vocab_size": 103}),
+    ("llama", torch.bfloat16, 106, {"vocab_size": 103}),
+    ("llama", torch.float16, 106, {"vocab_size": 104}),  # one token fits, two do not
+    ("gemma2", torch.bfloat16, 106, {"vocab_size": 103}),  # tied
+    ("qwen2", torch.bfloat16, 128, {}),  # all fit
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "rows", "settings"), GROWN)
+def test_added_tokens_are_the_deltas_own(
+    tmp_path: Path, family: str, dtype: torch.dtype, rows: int, settings: dict[str, Any]
+) -> None:
+    wanted = widened(tmp_path, family, dtype, rows, **settings)
+    base = str(tmp_path / "base")
+    found = diff(base, tmp_path / "tuned", out=tmp_path / "d")
+    assert found.delta.probes and any("3 new tokens" in n for n in found.notes)
+    assert Delta.load(tmp_path / "d").base["new_tokens"] == ["<new0>", "<new1>", "<new2>"]
+    assert b"<new2>" in Delta.load(tmp_path / "d").files["tokenizer.json"]
+    for held in {dtype, torch.float32}:
+        assert same_bits(load(base, tmp_path / "d", dtype=str(held)[6:]), wanted, held)
+    assert verify(tmp_path / "d")
+    export(tmp_path / "d", "hf", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[n].view(torch.uint8), wanted[n].view(torch.uint8)) for n in back)
+    assert diff(base, tmp_path / "tuned", out=tmp_path / "r", rank=2, probes=False).notes[:1] == found.notes[:1]
+    assert load(base, tmp_path / "r").get_input_embeddings().weight.shape[0] == rows
+
+
+def test_a_wider_tune_with_added_tokens_is_exact_too(tmp_path: Path) -> None:
+    """The rows that a base starts new tokens with are the same numbers in whatever type it is held."""
+    wanted = widened(tmp_path, "llama", torch.bfloat16, 106, vocab_size=103)
+    values = retyped(str(tmp_path / "tuned"), torch.float32)
+    file = tmp_path / "tuned" / "model.safetensors"
+    values["model.embed_tokens.weight"] = values["model.embed_tokens.weight"] + 1e-6
+    save_file(values, file, {"format": "pt"})
+    diff(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "d", probes=False)
+    model = load(str(tmp_path / "base"), tmp_path / "d", dtype="float32")
+    assert same_bits(model, {n: values[n] for n in wanted}, torch.float32)
+
+
+def test_a_table_that_is_larger_than_its_tokens_is_refused_and_the_remedy_works(tmp_path: Path) -> None:
+    wanted = widened(tmp_path, "llama", torch.float32, 128, vocab_size=103)
+    with pytest.raises(LuthierError, match=r"resize_token_embeddings\(128\) of BASE, saved with TUNED's tokenizer"):
+        diff(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "d")
+    model = tiny("llama", vocab_size=103)
+    with silent():
+        model.resize_token_embeddings(128, mean_resizing=False)
+        model.save_pretrained(tmp_path / "wide")
+    load_tokenizer(tmp_path / "tuned").save_pretrained(tmp_path / "wide")
+    diff(tmp_path / "wide", tmp_path / "tuned", out=tmp_path / "d")
+    assert same_bits(load(str(tmp_path / "wide"), tmp_path / "d"), wanted, torch.float32)
+
+
+def test_added_tokens_where_the_head_has_a_bias_are_refused(tmp_path: Path) -> None:
+    """What a grown bias starts with is not the table's to say."""
+    widened(tmp_path, "phi", torch.float32, 106, vocab_size=103)
+    with pytest.raises(LuthierError, match="resize_token_embeddings"):
+        diff(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
 def nan(folder: str) -> None:
     file = Path(folder) / "model.safetensors"
     values = load_file(file)
@@ -337,9 +420,13 @@ def misshapen(folder: str) -> None:
 
 
 def other_words(folder: str) -> None:
-    words = tiny_tokenizer()
-    words.add_tokens(["<new>"])
-    words.save_pretrained(folder)
+    """Two tokens have changed places."""
+    tiny_tokenizer().save_pretrained(folder)
+    file = Path(folder) / "tokenizer.json"
+    table = json.loads(file.read_text())
+    words = table["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    file.write_text(json.dumps(table))
 
 
 def cut(folder: str) -> None:
@@ -351,7 +438,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "nan": (nan, {}, "model.norm.weight holds NaN"),
     "lacking": (lacking, {}, "lacks model.norm.weight"),
     "misshapen": (misshapen, {}, "model.norm.weight has shape"),
-    "words": (other_words, {}, "different tokenizers: 0 of"),
+    "words": (other_words, {}, "different tokenizers: 2 of"),
     "cut": (cut, {}, "truncated or altered"),
     "rank": (None, {"rank": 0}, "rank must be at least 1"),
     "energy": (None, {"energy": 1.5}, "energy must lie in"),
