@@ -18,17 +18,18 @@ from luthier.errors import LuthierError
 @dataclass(frozen=True)
 class Antidote(Edit):
     """score_ij = |W_ij| · ‖X_j‖₂ with X the inputs of the weight over the harmful texts (all tokens); the highest `alpha`
-    of the entries become zero: exactly round(alpha · n), ties to the first. No training. As `records` give the texts
-    that the model should not produce, with the answers that it does; `deltas` are what the tuning left.
+    of the n entries ranked together become zero: exactly round(alpha · n), ties to the first. No training. As `records`
+    give the texts that the model should not produce, with the answers that it does; `deltas` are what the tuning left.
 
-    Our reading: the share holds in every matrix (within: tensor); 'whole' ranks all matrices together. Differs: the
-    authors' scripts have alpha 0.1 (dense_ratio).
+    Our reading: the share holds in every matrix (within: tensor); 'whole' ranks all matrices together, 'row' each row by
+    itself, as the authors' code does. Their scripts have alpha 0.01 to 0.2 by the task.
     Source: Huang et al. 2024 (P351); score of Sun et al. 2023 (Wanda).
     """
 
     alpha: float = 0.01
     """Share of the entries that become zero."""
-    within: Literal["tensor", "whole"] = "tensor"
+    within: Literal["row", "tensor", "whole"] = "tensor"
+    """Which entries are ranked together."""
     roles: tuple[str, ...] = ("linear",)
     layers: tuple[int, ...] | None = None
 
@@ -53,10 +54,11 @@ class Antidote(Edit):
                     squared[name] += sum(x[n, : len(t.ids)].float().square().sum(0) for n, t in enumerate(part))
         scores = {key(site): s.weight(site).abs() * squared[site.name].sqrt() for site in sites}
         out: dict[str, Tensor | Small] = {}
-        for group in [[site] for site in sites] if self.within == "tensor" else [sites]:
+        for group in [sites] if self.within == "whole" else [[site] for site in sites]:
             flat = torch.cat([scores[key(site)].flatten() for site in group])
-            mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-            mask[flat.argsort(descending=True, stable=True)[: round(self.alpha * len(flat))]] = True
+            lines = flat.view(group[0].d_out if self.within == "row" else 1, -1)
+            best = lines.argsort(dim=1, descending=True, stable=True)[:, : round(self.alpha * lines.shape[1])]
+            mask = torch.zeros_like(lines, dtype=torch.bool).scatter_(1, best, True).flatten()
             for site, own in zip(group, mask.split([site.d_in * site.d_out for site in group]), strict=True):
                 w = s.weight(site)
                 out[key(site)] = w.masked_fill(own.view_as(w), 0.0)

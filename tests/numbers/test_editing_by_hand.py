@@ -17,6 +17,7 @@ from luthier.editing.mend import gradients
 from luthier.editing.rome import insert
 from luthier.editing.rose_lora import kept_at, thin
 from luthier.errors import LuthierError
+from luthier.parts.descent import shuffled
 from luthier.parts.gradient_nets import fresh, transformed
 from tests.editing import requests, subject, text
 
@@ -140,6 +141,13 @@ def test_antidote_scores_by_hand() -> None:
         worst = score.flatten().sort(descending=True).values[count - 1]
         assert torch.equal(out == 0, score >= worst) and int((out == 0).sum()) == count
         assert torch.equal(out[out != 0], s.weight(site)[out != 0])
+        own = {"alpha": 0.1, "within": "row", "roles": ["ffn.down"], "layers": [1]}
+        rows = EDITS.make("antidote", own).edit(s, asked)[key(site)]
+        assert isinstance(rows, Tensor)
+        count = round(0.1 * site.d_in)
+        for value, mark, was in zip(rows, score, s.weight(site), strict=True):
+            assert torch.equal(value == 0, mark >= mark.sort(descending=True).values[count - 1])
+            assert torch.equal(value[value != 0], was[value != 0])
 
 
 def test_rose_lora_schedule_and_thinning() -> None:
@@ -149,6 +157,33 @@ def test_rose_lora_schedule_and_thinning() -> None:
     assert all(a >= b for a, b in zip(shares, shares[1:], strict=False))
     values = torch.tensor([[1.0, -5.0, 3.0], [2.0, 0.5, -1.0]])
     assert thin(values, values.abs(), 2).tolist() == [[0.0, -5.0, 3.0], [2.0, 0.0, -1.0]]
+
+
+def test_rose_lora_scores_entries_by_their_values_before_the_step() -> None:
+    """The paper's loop written out: gradient, score |w · ∇w| at the w that it was taken at, step, thinning."""
+    s, asked = subject("llama"), requests(2)
+    with s.working():
+        settings = {"rank": 2, "keep": 0.2, "steps": 6, "lr": 5e-2, "layers": [1], "warm": 0.35, "cool": 0.3}
+        method, site, texts = EDITS.make("rose-lora", settings), one_site(s, "ffn.down", 1), [q.new for q in asked]
+        p = {k: v.requires_grad_(True) for k, v in method.drawn(s, site)}
+        score, order = {k: torch.zeros_like(v) for k, v in p.items()}, shuffled(2, 16, s.generator("order"))
+        optimiser = torch.optim.Adam(list(p.values()), lr=5e-2)
+        for step in range(6):
+            part = [texts[n] for n in next(order)]
+            now = {key(site): s.weight(site) + p["B"].t() @ p["A"]}
+            optimiser.zero_grad()
+            target_nll(s.run(part, now).logits, part, closing=True).mean().backward()
+            for k, v in p.items():
+                assert v.grad is not None
+                score[k] = 0.8 * score[k] + 0.2 * (v * v.grad).abs().detach()
+            optimiser.step()
+            for k, v in p.items():
+                count = max(1, round(kept_at(step, 6, 0.2, 0.35, 0.3) * v.shape[1]))
+                v.data = thin(v.data, score[k], count)
+        small = method.edit(s, asked)[key(site)]
+        assert isinstance(small, Small)
+        made = small.form.delta(State(site, small.p, small.fixed, lambda: torch.empty(0)))["weight"]  # pyright: ignore[reportIndexIssue]
+        assert torch.allclose(made, (p["B"].t() @ p["A"]).detach(), atol=1e-6)
 
 
 def test_rose_lora_form_packs_what_it_holds() -> None:
