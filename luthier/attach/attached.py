@@ -156,11 +156,16 @@ class Attached:
     # -- base parameters that train
 
     def move(
-        self, piece: str, selection: Mapping[str, Tensor | None], dtype: torch.dtype | None = torch.float32
+        self,
+        piece: str,
+        selection: Mapping[str, Tensor | None],
+        dtype: torch.dtype | None = torch.float32,
+        back: bool = False,
     ) -> list[edits.Edit]:
         """Lets base parameters train in place: parameter name -> flat entries, or None for the whole.
 
-        A parameter already moved by this piece goes on from where it stands. Gives the edits of the selection.
+        A parameter already moved by this piece goes on from where it stands; with `back`, entries of it that are not of
+        the selection return to the base. Gives the edits of the selection.
         """
         table = self.edits.setdefault(piece, {})
         for other, taken in self.edits.items():
@@ -174,8 +179,9 @@ class Attached:
             else:
                 if dtype is not None:
                     table[name].hold_in(dtype)
-                if index is not None:
-                    table[name].reindex(index)
+                if index is not None or table[name].values is not None:
+                    table[name].reindex(index, back)
+                    numbers_of(table[name].module).piece(piece)._parameters.pop(f"{table[name].name}_values", None)
             if table[name].values is not None:
                 holder = numbers_of(table[name].module).piece(piece)
                 holder._parameters[f"{table[name].name}_values"] = table[name].values

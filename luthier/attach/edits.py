@@ -72,12 +72,21 @@ class Edit:
             self.hook, self.values.grad = None, None
 
     @torch.no_grad()
-    def reindex(self, index: Tensor) -> None:
-        """Entries: others train from now on; those that moved so far keep their values."""
+    def reindex(self, index: Tensor | None, back: bool = False) -> None:
+        """Other entries train from now on, or the whole (None). What moved so far and does not go on keeps its values or,
+        with `back`, returns to the base's."""
+        if index is None:
+            if self.hook is not None:
+                self.hook.remove()
+            self.index, self.values, self.redrawn, self.hook = None, None, False, None
+            return
         index = index.to(self.parameter.device)
         if self.index is None or not torch.equal(index, self.index):
             self.index, self.redrawn = index, True
-            self.values = nn.Parameter(self.parameter.detach().view(-1)[self.index].clone())
+            self.values = nn.Parameter(self.parameter.detach().view(-1)[index].clone())
+            if back:
+                assign(self.parameter, self.original)
+                self.write()
 
     @torch.no_grad()
     def hold_in(self, dtype: torch.dtype) -> None:
@@ -106,9 +115,11 @@ class Edit:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the base's values back for good."""
+        """Puts the base's values back for good: entries, too, are written as these from now on."""
         self.train(False)
         assign(self.parameter, self.original)
+        if self.values is not None and self.index is not None:
+            self.values.copy_(self.parameter.detach().view(-1)[self.index])
 
 
 def begin(model: nn.Module, piece: str, full_name: str, index: Tensor | None, train_in: torch.dtype | None) -> Edit:

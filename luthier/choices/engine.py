@@ -34,6 +34,8 @@ class ChoiceContext:
     """Parameter by name, as the model stores it."""
     grad: Callable[[str], Tensor | None] | None = None
     """Its gradient, accumulated over a first window of batches; None where the loss does not reach it."""
+    square: Callable[[str], Tensor | None] | None = None
+    """The mean over the rows of that window of its gradient's squares: the diagonal of the empirical Fisher information."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class Choice:
     def needs_grad(self) -> bool:
         """Whether gradients of a first window must be accumulated before the draw."""
         return False
+
+    @property
+    def needs_squares(self) -> bool:
+        """Whether their squares must be, row by row."""
+        return False
+
+    @property
+    def looks(self) -> bool:
+        """Whether a first window must be gone through at all."""
+        return self.needs_grad or self.needs_squares
 
     def select(self, items: Items, ctx: ChoiceContext) -> Selection:
         """The parameters that move in this draw."""
@@ -88,15 +100,16 @@ SCORES: dict[str, Callable[[str, ChoiceContext, int], Tensor]] = {
     "magnitude": lambda name, ctx, rank: _needed(ctx.weight, name, "weight").abs(),
     "lowrank-magnitude": _lowrank,
     "gradient": lambda name, ctx, rank: _needed(ctx.grad, name, "gradient").abs(),
-    "fisher": lambda name, ctx, rank: _needed(ctx.grad, name, "gradient").square(),
+    "fisher": lambda name, ctx, rank: _needed(ctx.square, name, "gradient"),
     "movement": lambda name, ctx, rank: -_needed(ctx.weight, name, "weight") * _needed(ctx.grad, name, "gradient"),
     "sensitivity": lambda name, ctx, rank: (
         _needed(ctx.weight, name, "weight") * _needed(ctx.grad, name, "gradient")
     ).abs(),
 }
 """Name -> scores in the parameter's own shape. lowrank-magnitude: |W| after keeping `rank` singular directions;
-fisher: squared accumulated gradient; movement: −w·g, positive where w is moving away from zero; sensitivity: |w·g|."""
-WITH_GRADIENT = ("gradient", "fisher", "movement", "sensitivity")
+fisher: mean over rows of the squared gradient; movement: −w·g, positive where w is moving away from zero; sensitivity:
+|w·g|."""
+WITH_GRADIENT = ("gradient", "movement", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,10 @@ class Pick(Choice):
     @property
     def needs_grad(self) -> bool:
         return self.score in WITH_GRADIENT
+
+    @property
+    def needs_squares(self) -> bool:
+        return self.score == "fisher"
 
     def select(self, items: Items, ctx: ChoiceContext) -> Selection:
         chosen: Selection = {n: None for n, s in items.items() if matches(n, s, self.always)}

@@ -126,10 +126,12 @@ class Bias(Choice):
 @CHOICES.add("norm")
 @dataclass(frozen=True)
 class Norm(Choice):
-    """Gains and biases of the norms; with `fraction` only that share of their entries, by squared gradient; and the
-    classifier if there is one. Source: ValizadehAslani and Liang 2024 (P141)."""
+    """Gains and biases of the norms; with `fraction` only that share of their entries, by the Fisher information's diagonal,
+    the mean of squared gradients; and the classifier if there is one. Source: ValizadehAslani and Liang 2024 (P141)."""
 
     fraction: float = 1.0
+    by: Literal["fisher", "random"] = "fisher"
+    """How a share is found; random is what the paper's choice is compared with."""
     always: tuple[str, ...] = ("classifier",)
 
     paper: ClassVar[str] = "P141"
@@ -139,11 +141,11 @@ class Norm(Choice):
             raise ValueError(f"fraction must lie in (0, 1], got {self.fraction}")
 
     @property
-    def needs_grad(self) -> bool:
-        return self.fraction < 1
+    def needs_squares(self) -> bool:
+        return self.fraction < 1 and self.by == "fisher"
 
     def select(self, items: Items, ctx: ChoiceContext) -> Selection:
-        score = "fisher" if self.needs_grad else "random"
+        score = "fisher" if self.needs_squares else "random"
         return Pick(
             score=score, granularity="entry", fraction=self.fraction, of=("norm",), always=self.always
         ).select(items, ctx)  # fmt: skip

@@ -65,13 +65,11 @@ def put_back(handle: Attached, tensors: Mapping[str, Tensor], *, earlier: bool =
                 assign(edit.parameter, edit.original)
                 if values not in tensors and moved not in tensors:
                     continue
-                if edit.values is not None:
-                    edit.index = tensors[index].to(edit.parameter.device)
-                    edit.values.data = tensors[values].to(edit.values.device).clone()
+                edit.reindex(tensors.get(index))
             if edit.values is not None:
                 places[values] = edit.values
-            if edit.values is None or moved in tensors:
-                edit.redrawn = edit.values is not None
+            edit.redrawn = edit.values is not None and moved in tensors
+            if edit.values is None or edit.redrawn:
                 places[moved] = edit.parameter
     saved = {k: v for k, v in tensors.items() if not k.startswith(("optimiser|", "index|", "best|", "callback|"))}
     if set(saved) != set(places):

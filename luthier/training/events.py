@@ -129,7 +129,7 @@ class Events:
         state.evals.append({"step": state.step, "loss": loss})
         self._log(loop, {"eval_loss": loss})
         self.tell("eval", loop)
-        if state.best is None or loss < state.best["loss"]:
+        if math.isfinite(loss) and (state.best is None or loss < state.best["loss"]):
             state.best, state.stale = {"step": state.step, "loss": loss}, 0
             if train.keep_best:
                 tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)

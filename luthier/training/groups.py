@@ -62,17 +62,19 @@ def make_optimiser(
 ) -> Optimiser:
     """Groups of everything that trains now. Moments of parameters that already trained are taken over from `old`.
 
-    Vectors (norms, biases, scales, magnitudes) are not decayed.
+    Vectors (norms, biases, scales, magnitudes) are not decayed; entries of a matrix are, as the matrix is.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     names: dict[str, nn.Parameter] = {}
+    # Single entries are a vector here; whether they decay is told by the parameter that they are entries of.
+    of = {id(e.values): e.parameter for t in handle.edits.values() for e in t.values() if e.values is not None}
     for piece, rows in handle.trained().items():
         own = rates.get(piece, Rates())
         for name, parameter in sorted(
             rows, key=lambda row: row[0]
         ):  # sums of norms depend on the order; a resume has it too
             decay = train.weight_decay if own.weight_decay is None else own.weight_decay
-            key = (own.lr or train.lr, decay if parameter.dim() > 1 else 0.0)
+            key = (own.lr or train.lr, decay if of.get(id(parameter), parameter).dim() > 1 else 0.0)
             groups.setdefault(key, []).append(parameter)
             names[name] = parameter
     if not names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +51,10 @@ class Pieces:
     """Every base parameter by name."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of the coming micro-batches, for choices that score by them; kept for the draw only."""
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    """The mean of their squares, row by row; likewise."""
     score: Callable[[], None] | None = None
-    """Fills `gradients`; supplied by the run, which has the data."""
+    """Fills `gradients` and `squares`; supplied by the run, which has the data."""
 
     def attach(self, specs: Iterable[DeltaSpec]) -> None:
         """Builds the forms and makes the first draw of the choices; names are made unique."""
@@ -133,7 +135,7 @@ class Pieces:
 
     @property
     def needs_gradients(self) -> bool:
-        return any(c.choice.needs_grad for c in self.chosen)
+        return any(c.choice.looks for c in self.chosen)
 
     def hold_as_trained(self) -> None:
         """Float32 for all that a later redraw may let train: sharded parameters cannot change their type."""
@@ -150,11 +152,12 @@ class Pieces:
             for c in self.chosen
             if not c.ever or (c.choice.every and step % c.choice.every == 0 and step != c.drawn_at)
         ]
-        if self.score is not None and any(c.choice.needs_grad for c in due):
+        if self.score is not None and any(c.choice.looks for c in due):
             self.score()
         for chosen in due:
             self.select(chosen, chosen.choice.select(chosen.items, self._context(chosen, step)), step)
         self.gradients.clear()
+        self.squares.clear()
         return bool(due)
 
     def select(self, chosen: Chosen, selection: Selection, step: int) -> None:
@@ -170,7 +173,7 @@ class Pieces:
                 edit.train(False)
                 if chosen.choice.released == "return":
                     edit.restore()
-        self.handle.move(chosen.name, selection)
+        self.handle.move(chosen.name, selection, back=chosen.choice.released == "return")
         chosen.ever |= set(selection)
         chosen.drawn_at = step
 
@@ -187,6 +190,7 @@ class Pieces:
             step=step,
             weight=lambda name: self.base.model.get_parameter(name).detach(),
             grad=lambda name: self.gradients.get(name),
+            square=lambda name: self.squares.get(name),
         )
 
     def state(self) -> dict[str, Any]:
@@ -231,13 +235,16 @@ def same_base(delta: Delta, base: Base) -> None:
         )
 
 
-def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
+def score_gradients(pieces: Pieces, batches: Iterable[Any], micro: Any, squared: bool = False) -> None:
     """Fills `pieces.gradients`: the sum over `batches` of each candidate's gradient, held on the CPU, one tensor at a time.
 
     `micro(batch)` gives the loss of a batch. Gradients are taken off each parameter as soon as they are complete.
+    squared: fills `pieces.squares` instead, with the mean over `batches`, which are single rows, of the gradient's squares.
     """
-    wanted = {name for c in pieces.chosen if c.choice.needs_grad for name in c.items}
-    hooks = []
+    wanted = {
+        name for c in pieces.chosen if (c.choice.needs_squares if squared else c.choice.needs_grad) for name in c.items
+    }
+    kept, count, hooks = pieces.squares if squared else pieces.gradients, 0, []
     model = pieces.base.model
     paused = [e for t in pieces.handle.edits.values() for e in t.values() if e.trained.requires_grad]
     for edit in paused:  # their own hooks would take the gradients away
@@ -247,7 +254,8 @@ def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
             grad = parameter.grad.float().cpu()
-            pieces.gradients[name] = pieces.gradients[name] + grad if name in pieces.gradients else grad
+            grad = grad.square() if squared else grad
+            kept[name] = kept[name] + grad if name in kept else grad
             parameter.grad = None
 
         return hook
@@ -258,6 +266,9 @@ def score_gradients(pieces: Pieces, batches: Iterator[Any], micro: Any) -> None:
         hooks.append((parameter, parameter.register_post_accumulate_grad_hook(gather(name))))
     for batch in batches:
         micro(batch).backward()
+        count += 1
+    for value in kept.values() if squared else ():
+        value /= count
     for parameter, hook in hooks:
         hook.remove()
         parameter.requires_grad_(False)

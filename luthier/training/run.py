@@ -24,7 +24,7 @@ from luthier.plan.schema import Plan
 from luthier.training import certificate, checkpoint, proof
 from luthier.training.events import Events
 from luthier.training.fast import Pruner, slow_down, speed_up
-from luthier.training.feed import Feed, positions_at_once
+from luthier.training.feed import Feed, micro_batches, positions_at_once
 from luthier.training.goal import objective_of, reference_of, rows_of
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
@@ -327,7 +327,7 @@ def _scorer(
     plan: Plan, pieces: Pieces, data: Any, feed: Feed, machine: Machine, objective: Any, view: Any
 ) -> Callable[[], None]:
     """Collects gradients over the coming micro-batches; the data and the random numbers then go on as if it had not."""
-    if machine.world > 1 and any(c.choice.every and c.choice.needs_grad for c in pieces.chosen):
+    if machine.world > 1 and any(c.choice.every and c.choice.looks for c in pieces.chosen):
         raise LuthierError("a choice that scores by gradients and draws again needs one process: set its every to 0")
 
     def micro(batch: Any) -> torch.Tensor:
@@ -340,8 +340,15 @@ def _scorer(
             feed if machine.world == 1 else Feed(pieces.base, data.batches(plan.train.batch_size), 1, machine.compute)
         )
         position, states = source.state_dict(), checkpoint.random_states()
-        score_gradients(pieces, (next(source) for _ in range(SCORED)), micro)
-        source.load_state_dict(position)
+        if any(c.choice.needs_grad for c in pieces.chosen):
+            score_gradients(pieces, (next(source) for _ in range(SCORED)), micro)
+            source.load_state_dict(position)
+        if any(c.choice.needs_squares for c in pieces.chosen):
+            rows = (
+                r for _ in range(SCORED) for r in micro_batches(next(source.batches), pieces.base, machine.compute, 1)
+            )
+            score_gradients(pieces, rows, micro, squared=True)
+            source.load_state_dict(position)
         checkpoint.set_random_states(states)
 
     return score

@@ -42,15 +42,17 @@ def drawn(name: str, settings: dict[str, Any], model: nn.Module, seed: int = 0, 
     """A choice's selection on a model, with gradients of one batch where it needs them."""
     choice: Choice = CHOICES.make(name, settings)
     grads: dict[str, Tensor | None] = {}
-    if choice.needs_grad:
+    squares: dict[str, Tensor | None] = {}
+    if choice.looks:
         for value in model.parameters():
             value.requires_grad_(True)
         logits(model).square().mean().backward()
         grads = {n: v.grad for n, v in model.named_parameters()}
+        squares = {n: None if v is None else v.square() for n, v in grads.items()}
         model.zero_grad()
     table = dict(model.named_parameters())
     items = parameter_items(Roles(model), model)
-    return choice.select(items, ChoiceContext(seed, step, lambda n: table[n].detach(), grads.get))
+    return choice.select(items, ChoiceContext(seed, step, lambda n: table[n].detach(), grads.get, squares.get))
 
 
 def moving(name: str, settings: dict[str, Any], family: str) -> tuple[nn.Module, Attached, dict[str, Any]] | None:

@@ -25,6 +25,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "hft redrawn": ({"choice": "hft", "every": 2}, {}),
     "top-gradient entries": ({"choice": "top-gradient", "fraction": 0.02}, {}),
     "random entries redrawn": ({"choice": "random-entries", "fraction": 0.02, "every": 4}, {}),
+    "random entries returning": ({"choice": "random-entries", "fraction": 0.02, "every": 3, "released": "return"}, {}),
+    "fisher's entries of the norms": ({"choice": "norm", "fraction": 0.3, "every": 4}, {}),
+    "picked rows redrawn, decaying": (
+        {"choice": "pick", "granularity": "row", "count": 20, "of": ["ffn"], "every": 3},
+        {"train": {"weight_decay": 0.1}},
+    ),
     "two pieces, own rates": (
         [{"choice": "top-gradient", "fraction": 0.01, "lr": 3e-3}, {**DROPOUT, "sites": "attn", "lr": 2e-2}],
         {},
