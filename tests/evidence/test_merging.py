@@ -513,3 +513,18 @@ def test_p054_slerp() -> None:
     apart = stack("slerp", [other])
     MERGES.make("slerp", {}).merge(apart)
     assert apart.notes == {"interpolated linearly": 0.0}
+
+
+def test_p054_the_recipe_turns_attention_and_feed_forward_layers_the_other_way_round() -> None:
+    from luthier.papers.claims import PACKAGE
+    from luthier.plan.merge import Where, resolve
+    from luthier.plan.stages import load_stages
+
+    stages = load_stages(PACKAGE / "recipes" / "domain-slerp.yaml")
+    settings = next(s.settings for s in stages if s.verb == "merge")
+
+    def along(part: str) -> list[float]:
+        return [resolve("t", [settings], Where(f"model.layers.{k}.{part}.weight", k / 4)) for k in range(5)]
+
+    assert along("self_attn.q_proj") == [0, 0.5, 0.3, 0.7, 1] and along("mlp.up_proj") == [1, 0.5, 0.7, 0.3, 0]
+    assert resolve("t", [settings], Where("model.embed_tokens.weight")) == 0.5
