@@ -49,7 +49,7 @@ def fits(delta: Delta, new: Target, old: Target | None) -> None:
     parts = {p.name: p for p in new.roles.parts} | {p.module: p for p in new.roles.parts}
     for piece in delta.pieces:
         for key, site in piece.sites.items():
-            if site.kind in ("model", "layer", "attention"):
+            if site.kind in ("model", "layer", "attention", "feed-forward"):
                 if (site.layers, site.d_in) != (new.roles.layer_count, _width(site, new)):
                     raise _other(site, new, f"{site.layers} layers", f"{new.roles.layer_count}")
                 continue

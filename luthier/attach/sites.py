@@ -14,8 +14,10 @@ from luthier.bases.roles import Roles
 from luthier.delta import Form, Site
 from luthier.errors import LuthierError
 
-WHOLE = ("attention", "layer", "model")
+WHOLE = ("attention", "feed-forward", "layer", "model")
 """Kinds of site that are no part with a weight."""
+MODULES = {"attn.module": "attention", "ffn.module": "feed-forward"}
+"""Patterns of the whole self-attention and feed-forward modules, for forms that can sit on these and on parts."""
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text")
 """Families (model_type) whose norms multiply by 1 + weight: there the kind is 'offset-norm'."""
 
@@ -34,12 +36,18 @@ def sites_of(
     Where `kinds` (a form's own) names attention, layer or model, patterns choose among layers instead: the kind's name,
     'all', or a glob over module names. 'all' passes over parts of other kinds; any other pattern that meets one is an
     error of the form's own at building. optional: patterns that this base has no part for are left out, as long as
-    one matches (for a form's default sites). layers: as in `Roles.select`.
+    one matches (for a form's default sites). layers: as in `Roles.select`. A form that takes parts and whole modules is
+    put on the latter by "attn.module" and "ffn.module".
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     whole = [k for k in kinds or () if k in WHOLE]
-    if whole:
+    if whole and set(whole) == set(kinds or ()):
         return _whole(roles, whole[0], patterns, except_, layers)
+    modules = [q for q in patterns if MODULES.get(q) in whole]
+    if modules:
+        parts = [q for q in patterns if q not in modules]
+        found = [s for q in modules for s in _whole(roles, MODULES[q], [q], except_, layers)]
+        return found + (sites_of(roles, parts, except_, layers, kinds, optional=optional) if parts else [])
     if optional:
         patterns = [q for q in patterns if _matches(roles, q)] or patterns
     parts = roles.select(patterns, except_, layers)
@@ -131,15 +139,17 @@ def _whole(
     wanted = None if layers is None else {n % roles.layer_count for n in layers}
     sites = []
     for at in roles.layers:
-        name = roles.attention.get(at, "") if kind == "attention" else at
+        inside = {"attention": roles.attention, "feed-forward": roles.feed_forward}.get(kind)
+        name = at if inside is None else inside.get(at, "")
         number = int(next(word for word in reversed(at.split(".")) if word.isdigit()))
 
         def hit(patterns: Sequence[str], name: str = name) -> bool:
-            return any(q in (kind, "attn", "all") or fnmatchcase(name, q) for q in patterns)
+            own = (kind, "all", *(() if kind == "feed-forward" else ("attn",)))
+            return any(q in own or MODULES.get(q) == kind or fnmatchcase(name, q) for q in patterns)
 
         if name and (wanted is None or number in wanted) and hit(patterns) and not hit(except_):
             size = (roles.n_kv_heads, roles.head_dim) if kind == "attention" else (0, 0)
-            role = "attn" if kind == "attention" else "layer"
+            role = {"attention": "attn", "feed-forward": "ffn"}.get(kind, "layer")
             sites.append(
                 Site(
                     name, role, number, kind, roles.hidden, roles.hidden,
@@ -147,9 +157,8 @@ def _whole(
                 )
             )  # fmt: skip
     if not sites:
-        raise LuthierError(
-            f"sites: {', '.join(patterns)} matches no {kind} of this base; state '{kind}' or a glob of names"
-        )
+        own = "its parts, as ffn.down" if kind == "feed-forward" else f"'{kind}' or a glob of names"
+        raise LuthierError(f"sites: {', '.join(patterns)} matches no {kind} module of this base; state {own}")
     return sites
 
 

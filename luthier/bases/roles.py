@@ -73,6 +73,18 @@ class Roles:
         query = [p for p in self.parts if p.role in ("attn.q", "attn.qkv", "attn.q_down")]
         return {at: p.module.rpartition(".")[0] for p in query for at in self.layers if p.name.startswith(at + ".")}
 
+    @cached_property
+    def feed_forward(self) -> dict[str, str]:
+        """Layer module name -> name of the one module that is its dense feed-forward part. Layers whose part is no module
+        of its own (OPT's, BERT's) or is made of experts are not in it."""
+        dense = [p for p in self.parts if p.role.startswith("ffn.") and p.kind in ("linear", "conv1d")]
+        out = {}
+        for at in self.layers:
+            around = {p.module.rpartition(".")[0] for p in dense if p.name.startswith(at + ".")} - {at}
+            if len(around) == 1:
+                out[at] = around.pop()
+        return out
+
     def _setting(self, *names: str) -> Any:
         found = next((v for n in names if (v := getattr(self.config, n, None)) is not None), None)
         if found is None:

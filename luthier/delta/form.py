@@ -28,7 +28,7 @@ class Site:
 
     Shapes are those of a linear map y = x Wᵀ + b with W [d_out, d_in], however the model stores W. For an embedding
     d_in is the vocabulary; for a norm both are its width; for fused experts W is [experts, d_out, d_in]; for a layer,
-    an attention module or the whole model both are the hidden width.
+    an attention or feed-forward module or the whole model both are the hidden width.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Site:
     """attn.q, ffn.down, norm …"""
     layer: int | None
     kind: str
-    """linear, conv1d, embedding, norm, fused-experts, attention, layer or model."""
+    """linear, conv1d, embedding, norm, fused-experts, attention, feed-forward, layer or model."""
     d_in: int
     d_out: int
     bias: bool = False

@@ -19,7 +19,9 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tan
 class Adapter(Form):
     """y' = y + s · U f(D h + c) + e with h = y (serial) or the module's input x (parallel); U and e start at zero.
 
-    By default after the output projection of attention and of the feed-forward part, before their residual sum.
+    By default after the output projection of attention and of the feed-forward part, before their residual sum. Parallel,
+    it reads what the module at its site reads: at `ffn.module` the input of the feed-forward part (P187), at `ffn.down`
+    that of its last matrix (P246).
     D [width, in] is drawn Kaiming-uniform; the paper draws both matrices near zero, here the start is the base exactly.
     The paper also trains norms and head: add the choice `norm`.
     Source: Houlsby et al. 2019 (P123); parallel and scaled: He et al. 2022 (P187).
@@ -35,6 +37,7 @@ class Adapter(Form):
     paper: ClassVar[str] = "P123"
     at: ClassVar[str] = "output"
     sites: ClassVar[tuple[str, ...]] = ("attn.o", "ffn.down")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "attention", "feed-forward")
     dense: ClassVar[bool | No] = No("an activation stands between its two matrices; there is no weight change to fold")
 
     def __post_init__(self) -> None:
