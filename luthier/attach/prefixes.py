@@ -30,9 +30,9 @@ def place(handle: Any, placed: Any) -> None:
     module = module_at(handle.model, site.name)
     config: Any = getattr(module, "config", None)
     used = str(getattr(config, "_attn_implementation", None))
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(
-        sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"
-    ):
+    bias = _bias_of(handle.model, module)
+    known = hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+    if not known or (getattr(config, "is_encoder_decoder", False) and bias is None):
         raise LuthierError(
             f"piece '{placed.piece}': {type(module).__name__} does not take registered attention functions, so it can "
             "have no extra keys and values: use another form on this base"
@@ -46,9 +46,10 @@ def place(handle: Any, placed: Any) -> None:
     if not used.startswith(OURS):
         config._attn_implementation = OURS + used
     held = module.__dict__.setdefault(HELD, [])
-    entry = (handle, placed)
+    shifted = getattr(placed.form, "shift_positions", False)
+    entry = (handle, placed, bias if shifted else None)
     held.append(entry)
-    hooks = _shift(handle, placed) if getattr(placed.form, "shift_positions", False) else []
+    hooks = _shift(handle, placed) if shifted and bias is None else []
 
     def undo() -> None:
         module.__dict__[HELD] = [e for e in module.__dict__[HELD] if e is not entry]
@@ -89,14 +90,16 @@ def _wrapped(name: str) -> Callable[..., Any]:
             inner = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
         else:
             inner = ALL_ATTENTION_FUNCTIONS[name]
-        pairs = [q.form.extra(q.state) for h, q in module.__dict__.get(HELD, ()) if h.on(q.piece)]
-        if pairs:
-            if kwargs.get("position_bias") is not None:
-                raise LuthierError(
-                    f"{type(module).__name__} adds a position bias, which extra keys and values do not have"
-                )
+        held = [(q.form.extra(q.state), bias) for h, q, bias in module.__dict__.get(HELD, ()) if h.on(q.piece)]
+        if held:
             batch, seen = key.shape[0], key.shape[2]
-            more = [torch.cat(part, 1)[None].to(key).expand(batch, -1, -1, -1) for part in zip(*pairs, strict=True)]
+            more = [
+                torch.cat(part, 1)[None].to(key).expand(batch, -1, -1, -1)
+                for part in zip(*(pair for pair, _ in held), strict=True)
+            ]
+            if (bias := kwargs.get("position_bias")) is not None:
+                own = [_biases(source, k.shape[1], bias, seen) for (k, _), source in held]
+                kwargs["position_bias"] = torch.cat([*own, bias], -1)
             key, value = torch.cat([more[0], key], 2), torch.cat([more[1], value], 2)
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -106,6 +109,26 @@ def _wrapped(name: str) -> Callable[..., Any]:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attend
+
+
+def _bias_of(model: nn.Module, module: nn.Module) -> Any:
+    """The attention module that computes the relative position bias which `module` adds to its scores (T5's first layer
+    computes it for the others of its stack); None where there is none."""
+    found = None
+    for other in model.modules():
+        if getattr(other, "has_relative_attention_bias", False) and hasattr(other, "compute_bias"):
+            found = other
+        if other is module:
+            return found if hasattr(module, "compute_bias") else None
+    return None
+
+
+def _biases(source: Any, extra: int, bias: Tensor, seen: int) -> Tensor:
+    """Position bias [1, H, queries, extra] of extra keys: as if they stood right before the text, or none."""
+    queries = bias.shape[2]
+    if source is None:
+        return bias.new_zeros((*bias.shape[:3], extra))
+    return source.compute_bias(queries, extra, bias.device, past_seen_tokens=extra + seen - queries).to(bias)
 
 
 def _widened(mask: Tensor | None, extra: int, queries: int, keys: int, causal: bool, like: Tensor) -> Tensor | None:

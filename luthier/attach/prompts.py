@@ -1,4 +1,5 @@
-"""Extra embeddings before the first token. The model's outputs keep the length of its inputs.
+"""Extra embeddings before the first token. The model's outputs keep the length of its inputs; of an encoder-decoder the
+encoder reads them, its own states keep the extra positions, and every layer of the decoder sees those.
 
 Hooks on the module that embeds the tokens and runs the layers: it is handed embeddings, mask and positions extended
 at the left, and its hidden states are cut back, so that logits, labels and heads meet the original tokens. With a cache
@@ -25,12 +26,15 @@ class Prompts:
 
     def __init__(self, module: nn.Module, handle: Any) -> None:
         self.module, self.handle, self.cut = module, handle, 0
+        self.decoder: Any = handle.model.get_decoder() if _pair(handle.model) else None
         self.placed: list[Any] = []
         self.names = list(inspect.signature(module.forward).parameters)
         self.hooks = [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True),
         ]
+        if self.decoder is not None:
+            self.hooks.append(self.decoder.register_forward_pre_hook(self.across, with_kwargs=True))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Extends what goes in."""
@@ -74,7 +78,7 @@ class Prompts:
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         """Cuts the extra positions off what comes out, and marks the cache."""
-        if not self.cut:
+        if not self.cut or self.decoder is not None:
             return None
         n, self.cut = self.cut, 0
         if isinstance(out, tuple):
@@ -86,12 +90,24 @@ class Prompts:
             out["hidden_states"] = tuple(h[:, n:] for h in states)
         return out
 
+    def across(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Opens the prompt's positions of the encoder's states, [B, n + T, hidden], to the decoder: its mask is [B, T]."""
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if mask is None or states is None or not (n := states.shape[1] - mask.shape[1]):
+            return None
+        return args, kwargs | {"encoder_attention_mask": torch.cat([mask.new_ones(len(mask), n), mask], 1)}
+
+
+def _pair(model: Any) -> bool:
+    """Whether a model is an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
 
 def stack_of(model: nn.Module) -> nn.Module | None:
     """The module that embeds tokens and runs the layers: the innermost one that takes inputs_embeds and a mask. None
     where there is no such module, or two (encoder–decoder models)."""
     find: Any = getattr(model, "get_input_embeddings", None)
-    if find is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if find is None or _pair(model):
         return None
     embed = find()
     path = next((n for n, m in model.named_modules() if m is embed), "")
@@ -104,8 +120,8 @@ def stack_of(model: nn.Module) -> nn.Module | None:
 
 
 def place(handle: Any, placed: Any) -> None:
-    """Puts a prompt before the tokens."""
-    module = stack_of(handle.model)
+    """Puts a prompt before the tokens; of an encoder-decoder before the encoder's."""
+    module = handle.model.get_encoder() if _pair(handle.model) else stack_of(handle.model)
     if module is None:
         raise LuthierError(
             f"piece '{placed.piece}': {type(handle.model).__name__} has no single stack that takes embeddings, so a soft "

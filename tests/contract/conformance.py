@@ -385,8 +385,5 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 
 
 def default_cases(name: str) -> list[Case]:
-    """The families every form is tried on; forms that need no registered attention or single stack on T5 too."""
-    families = ["llama", "gpt2", "gpt_neox", "bert"]
-    if FORMS[name].at in ("weight", "output", "hidden"):
-        families.append("t5")
-    return [Case(name, family) for family in families]
+    """The families every form is tried on."""
+    return [Case(name, family) for family in ("llama", "gpt2", "gpt_neox", "bert", "t5")]
