@@ -33,7 +33,14 @@ READ: dict[str, set[str]] = {
         *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
         *("encoder_hidden_size", "prefix_projection", "init_weights"),
     },
+    "P_TUNING": {
+        *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
+        *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+    },
     "LN_TUNING": set(),
+    "BEFT": {"init_weights"},
+    "SHIRA": {"r", "mask_type", "random_seed", "fan_in_fan_out", "init_weights"},
+    "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
 }
 """PEFT's types that luthier has too -> their fields that are read, or are about the start of training alone."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -65,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind not in READ:
         raise LuthierError(
             f"{path}: peft_type {kind} has no form here; those that do: {', '.join(sorted(READ))}; "
-            "merge it with PEFT (merge_and_unload) and verify the checkpoint instead"
+            "where it merges, merge it with PEFT (merge_and_unload) and verify the checkpoint instead"
         )
     for name, value in config.items():
         if name not in COMMON | READ[kind] and value not in (None, False, "", [], {}):

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from luthier.bridge.peft_in import PREFIX, ROWS
+from luthier.bridge.peft_experts import short_parameters, stacked, stems
+from luthier.bridge.peft_keys import PREFIX, ROWS, TOKENS
+from luthier.bridge.peft_virtual import write_prefix, write_prompt
 from luthier.bridge.target import Target, target
-from luthier.delta import FORMS
+from luthier.delta import FORMS, Site
 from luthier.delta.artefact import Delta, Piece
 from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
 from luthier.errors import LuthierError
@@ -27,6 +29,8 @@ from luthier.errors import LuthierError
 TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 HEADS = ("classifier", "score")
 """Modules that PEFT takes for a classifier's head."""
+MATRIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+TABLE = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -78,17 +82,20 @@ def _write(delta: Delta, on: Target | None) -> Written:
         kinds.setdefault(FORMS.name_of(type(piece.form)), []).append(piece)
     base_kinds = {"dense", "entries"}
     main = [k for k in kinds if k not in base_kinds]
+    biases = kinds["bias"] if set(main) == {"lora", "bias"} else []  # one adapter of PEFT's: lora_bias
+    main = ["lora"] if biases else main
     if len(main) > 1:
         raise LuthierError(
             f"PEFT cannot hold {' and '.join(main)} in one adapter: export them apart (delta.only), or to hf"
         )
-    kind = main[0] if main else "norm" if _only_norms(delta) else ""
+    kind = main[0] if main else "norm" if _only_norms(delta) else "entries" if set(kinds) == {"entries"} else ""
     if kind not in WRITERS:
         raise LuthierError(
             f"PEFT has no form for {kind or 'moved parameters alone'}: export to hf, or keep it as a delta"
         )
     config, tensors = WRITERS[kind](kinds.get(kind, []) or kinds["dense"], on)
     if main:
+        _lora_bias(biases, kinds["lora"] if biases else [], config, tensors)
         for piece in kinds.get("dense", []):
             _saved(piece, on, config, tensors)
         for piece in kinds.get("entries", []):
@@ -116,6 +123,7 @@ def _only_norms(delta: Delta) -> bool:
 
 def _lora(pieces: list[Piece], on: Target | None) -> Written:
     ranks, alphas, tensors, kinds = {}, {}, {}, {}
+    experts: dict[str, dict[str, Tensor]] = {}
     forms: list[Any] = [piece.form for piece in pieces]
     rslora = all(form.scaling == "rslora" for form in forms)
     dora = "m" in next(iter(pieces[0].p.values()))
@@ -129,8 +137,6 @@ def _lora(pieces: list[Piece], on: Target | None) -> Written:
                 raise LuthierError(
                     f"two pieces change {name}: PEFT's adapter holds one; export to hf, or merge them first"
                 )
-            if site.experts:
-                raise LuthierError(f"{name}: LoRA on fused experts is not written to PEFT yet: export to hf")
             if piece.fixed[name] and not dora:
                 raise LuthierError(
                     f"{name}: this start keeps {sorted(piece.fixed[name])}, which PEFT cannot hold: to hf"
@@ -138,18 +144,11 @@ def _lora(pieces: list[Piece], on: Target | None) -> Written:
             r, scale = form.at_site(site)
             ranks[name], kinds[name] = r, site.kind
             alphas[name] = scale * piece.scale * (math.sqrt(r) if rslora else r)
-            table = site.kind == "embedding"
-            for key, end in (
-                (("A", "lora_embedding_A"), ("B", "lora_embedding_B"))
-                if table
-                else (
-                    ("A", "lora_A.weight"),
-                    ("B", "lora_B.weight"),
-                    ("m", "lora_magnitude_vector"),
-                )
-            ):
-                if key in piece.p[name]:
-                    tensors[f"{PREFIX}{name}.{end}"] = piece.p[name][key]
+            if site.experts:
+                experts[name] = stacked(piece.p[name])
+                continue
+            ends = TABLE if site.kind == "embedding" else MATRIX
+            tensors |= {f"{PREFIX}{name}.{ends[key]}": t for key, t in piece.p[name].items()}
     rank, alpha = (Counter(t.values()).most_common(1)[0][0] for t in (ranks, alphas))
     config = {
         "peft_type": "LORA",
@@ -157,7 +156,7 @@ def _lora(pieces: list[Piece], on: Target | None) -> Written:
         "lora_alpha": _plain(alpha),
         "rank_pattern": {f"^{re.escape(k)}": v for k, v in ranks.items() if v != rank},
         "alpha_pattern": {f"^{re.escape(k)}": _plain(v) for k, v in alphas.items() if v != alpha},
-        "target_modules": short_names(list(ranks), on),
+        "target_modules": short_names([n for n in ranks if n not in experts], on),
         "lora_dropout": forms[0].dropout,
         "use_rslora": rslora,
         "use_dora": dora,
@@ -166,7 +165,38 @@ def _lora(pieces: list[Piece], on: Target | None) -> Written:
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    if experts:
+        if on is None:
+            raise LuthierError("PEFT's keys of experts follow the order in their module: state the base (--base)")
+        # PEFT refuses dropout on parameters; in an adapter that is used it means nothing.
+        config |= {"target_parameters": short_parameters(list(experts), on), "lora_dropout": 0.0}
+        for name, stem in stems(experts, on).items():
+            tensors |= {f"{PREFIX}{stem}.lora_{key}.weight": t for key, t in experts[name].items()}
     return config, tensors
+
+
+def _lora_bias(biases: list[Piece], pieces: list[Piece], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Biases beside LoRA as PEFT's lora_bias: one on every second matrix, zero where the delta has none; PEFT scales it
+    with the rest."""
+    if not biases:
+        return
+    scales: dict[str, float] = {}
+    for piece in pieces:
+        form: Any = piece.form
+        scales |= {name: form.at_site(site)[1] * piece.scale for name, site in piece.sites.items()}
+        if odd := [n for n, s in piece.sites.items() if s.kind not in ("linear", "conv1d")]:
+            raise LuthierError(
+                f"PEFT's lora_bias needs LoRA on matrices alone, and {odd[0]} is none: export them apart"
+            )
+        tensors |= {f"{PREFIX}{name}.lora_B.bias": torch.zeros(site.d_out) for name, site in piece.sites.items()}
+    for piece in biases:
+        for name, p in piece.p.items():
+            if name not in scales:
+                raise LuthierError(
+                    f"PEFT's lora_bias lies on LoRA's own modules, and {name} has none: export them apart"
+                )
+            tensors[f"{PREFIX}{name}.lora_B.bias"] += p["b"].detach().float().cpu() * (piece.scale / scales[name])
+    config["lora_bias"] = True
 
 
 def _plain(value: float) -> float | int:
@@ -192,7 +222,7 @@ def _tuned(piece: Piece, key: str, on: Target | None) -> Tensor:
 
 
 def _saved(piece: Piece, on: Target | None, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    if config["peft_type"] not in ("LORA", "IA3"):
+    if config["peft_type"] not in ("LORA", "IA3", "BEFT", "SHIRA"):
         raise LuthierError(f"PEFT's {config['peft_type']} holds no moved parameters ('{piece.name}'): export to hf")
     if config["peft_type"] == "LORA" and all(key.endswith(".bias") for key in piece.sites):
         config["bias"] = "all"
@@ -217,21 +247,39 @@ def _rows(piece: Piece, on: Target | None, config: dict[str, Any], tensors: dict
     if config["peft_type"] != "LORA":
         raise LuthierError(f"PEFT's {config['peft_type']} holds no rows of embeddings ('{piece.name}'): export to hf")
     stated: dict[str, list[int]] = {}
-    for key, site in piece.sites.items():
-        index = piece.fixed[key]["index"]
-        width = site.shape[-1]
-        ids = (index[::width] // width).tolist()
-        # PEFT keeps rows of an untied head too, but its forward then leaves a bias out.
-        table = site.kind == "embedding" or (site.role == "head" and site.kind == "linear" and not _biased(on, key))
-        whole = table and len(index) == len(ids) * width
-        if not whole or index.tolist() != [i * width + j for i in ids for j in range(width)]:
-            raise LuthierError(
-                f"piece '{piece.name}' moves single entries of {key}, which PEFT cannot hold: export to hf"
-            )
-        module = key.rpartition(".")[0]
+    for key in piece.sites:
+        module, ids = key.rpartition(".")[0], _ids(piece, key, on)
         tensors[f"{PREFIX}{module}.{ROWS}"] = _tuned(piece, key, on)[ids]
         stated[module.rpartition(".")[2]] = ids
     config["trainable_token_indices"] = stated
+
+
+def _ids(piece: Piece, key: str, on: Target | None) -> list[int]:
+    """The rows that a piece of entries moves whole; anything else is refused."""
+    site, index = piece.sites[key], piece.fixed[key]["index"]
+    width = site.shape[-1]
+    ids = (index[::width] // width).tolist()
+    # PEFT keeps rows of an untied head too, but its forward then leaves a bias out.
+    table = site.kind == "embedding" or (site.role == "head" and site.kind == "linear" and not _biased(on, key))
+    whole = table and len(index) == len(ids) * width
+    if not whole or index.tolist() != [i * width + j for i in ids for j in range(width)]:
+        raise LuthierError(f"piece '{piece.name}' moves single entries of {key}, which PEFT cannot hold: export to hf")
+    return ids
+
+
+def _tokens(pieces: list[Piece], on: Target | None) -> Written:
+    """Rows of embeddings alone: TRAINABLE_TOKENS, whose tables all have the same tokens."""
+    tensors: dict[str, Tensor] = {}
+    stated: list[int] = []
+    for piece in pieces:
+        for key in piece.sites:
+            ids, name = _ids(piece, key, on), f"{PREFIX}{key.rpartition('.')[0]}.{TOKENS}"
+            if name in tensors or (stated and ids != stated):
+                raise LuthierError(f"PEFT's TRAINABLE_TOKENS moves the same rows once in every table; at {key} others move, "
+                                   "or twice: export to hf, or keep it as a delta")  # fmt: skip
+            stated, tensors[name] = ids, _tuned(piece, key, on)[ids]
+    modules = [k.removeprefix(PREFIX).removesuffix("." + TOKENS) for k in tensors]
+    return {"peft_type": "TRAINABLE_TOKENS", "token_indices": stated, "target_modules": modules}, tensors
 
 
 def _biased(on: Target | None, key: str) -> bool:
@@ -279,58 +327,54 @@ def _ia3(pieces: list[Piece], on: Target | None) -> Written:
     return config, tensors
 
 
-def _one(pieces: list[Piece]) -> Piece:
-    if len(pieces) > 1:
-        raise LuthierError(
-            f"{len(pieces)} pieces of one form stand before the text, PEFT's adapter holds one: export one"
-        )
-    return pieces[0]
+def _bias(pieces: list[Piece], on: Target | None) -> Written:
+    """BEFT, of linear maps alone."""
+    tensors: dict[str, Tensor] = {}
+    for piece in pieces:
+        for name, site in piece.sites.items():
+            key = f"{PREFIX}{name}.beft_bias"
+            if site.kind != "linear" or key in tensors:
+                raise LuthierError(f"PEFT's BEFT holds one bias of a linear layer, and {name} has two or is a {site.kind}: "
+                                   "export to hf, or keep it as a delta")  # fmt: skip
+            tensors[key] = (piece.p[name]["b"] * piece.scale)[None]
+    modules = short_names([k.removeprefix(PREFIX).removesuffix(".beft_bias") for k in tensors], on)
+    return {"peft_type": "BEFT", "target_modules": modules, "modules_to_save": None}, tensors
 
 
-def _prompt(pieces: list[Piece], on: Target | None) -> Written:
-    (state,) = _one(pieces).states()
-    table = state.p["embeddings"]
-    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(table), "token_dim": table.shape[1]}
-    config |= {"num_transformer_submodules": 1, "num_layers": state.site.layers or None, "num_attention_heads": None}
-    return config, {"prompt_embeddings": table}
-
-
-def _prefix(pieces: list[Piece], on: Target | None) -> Written:
-    piece = _one(pieces)
-    if not piece.form.shift_positions:  # pyright: ignore[reportAttributeAccessIssue]
-        raise LuthierError(
-            "this prefix leaves the text's positions unshifted, PEFT always shifts them: keep it as a delta"
-        )
-    rows = []
-    for s in sorted(piece.states(), key=lambda s: s.site.layer or 0):
-        extra = piece.form.extra(s)
-        assert isinstance(extra, tuple)
-        rows += [t.transpose(0, 1).flatten(1) for t in extra]  # [length, kv_heads · head_dim]
-    site = next(iter(piece.sites.values()))
-    if len(rows) != 2 * site.layers:
-        raise LuthierError(
-            f"this prefix is on {len(rows) // 2} of {site.layers} layers, PEFT's is on all: keep it as a delta"
-        )
-    config = {
-        "peft_type": "PREFIX_TUNING",
-        "num_virtual_tokens": len(rows[0]),
-        "token_dim": site.kv_heads * site.head_dim,
-        "num_attention_heads": site.kv_heads,
-        "num_layers": site.layers,
-        "num_transformer_submodules": 1,
-        "prefix_projection": False,
-        "encoder_hidden_size": site.kv_heads * site.head_dim,
-    }
-    return config, {"prompt_embeddings": torch.cat(rows, 1)}
+def _sparse(pieces: list[Piece], on: Target | None) -> Written:
+    """SHIRA: r (in + out) entries of a linear weight, with one r for all; filled up with zeros."""
+    sites: dict[str, tuple[Site, Tensor, Tensor]] = {}
+    for piece in pieces:
+        for name, site in piece.sites.items():
+            if site.kind != "linear" or name in sites:
+                raise LuthierError(f"PEFT's SHIRA holds one change of a linear layer, and {name} has two or is a {site.kind}: "
+                                   "export to hf, or keep it as a delta")  # fmt: skip
+            sites[name] = site, piece.p[name]["values"] * piece.scale, piece.fixed[name]["index"]
+    r = max(math.ceil(len(values) / (site.d_in + site.d_out)) for site, values, _ in sites.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (site, values, index) in sites.items():
+        n = r * (site.d_in + site.d_out)
+        if n > site.d_in * site.d_out:
+            raise LuthierError(f"PEFT's SHIRA would hold {n} entries of {name}, which has {site.d_in * site.d_out}: "
+                               "export to hf, or keep it as a delta")  # fmt: skip
+        full, at = values.new_zeros(n), index.new_zeros(n)
+        full[: len(values)], at[: len(index)] = values, index
+        tensors[f"{PREFIX}{name}.shira_weight"] = full
+        tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([at // site.d_in, at % site.d_in]).int()
+    config = {"peft_type": "SHIRA", "r": r, "target_modules": short_names(list(sites), on), "modules_to_save": None}
+    return config | {"mask_type": "random", "fan_in_fan_out": False}, tensors
 
 
 WRITERS: dict[str, Callable[[list[Piece], Target | None], Written]] = {
     "lora": _lora,
     "dora": _lora,
     "ia3": _ia3,
-    "prompt": _prompt,
-    "prefix": _prefix,
+    "bias": _bias,
+    "sparse": _sparse,
+    "prompt": write_prompt,
+    "prefix": write_prefix,
     "norm": _norms,
+    "entries": _tokens,
 }
 """Form -> writer."""
 

@@ -15,7 +15,7 @@ from luthier.bridge.peft import from_peft, to_peft
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
-from tests.rooms.test_bridge_peft import C, written
+from tests.rooms.test_bridge_peft import CASES, C, written
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
@@ -148,6 +148,35 @@ def test_neutral_fields_pass(folder: Path) -> None:
 def test_unknown_type(folder: Path) -> None:
     config(folder, peft_type="BOFT")
     fails(folder, "BOFT", "LORA")
+
+
+def test_experts_half_saved(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, "qwen3_moe", CASES["lora-experts"][1]())
+    tensors(folder, lambda t: {k: v for k, v in t.items() if "layers.1.mlp.experts.lora_A" not in k})
+    with pytest.raises(
+        LuthierError, match=r"1 of 4 targeted parameters lack their tensors: model.layers.1.mlp.experts"
+    ):
+        from_peft(folder, tiny("qwen3_moe"))
+    config(folder, target_parameters=["experts.w1"])
+    with pytest.raises(LuthierError, match="match no parameter of base"):
+        from_peft(folder, tiny("qwen3_moe"))
+    config(folder, target_parameters=["mlp.gate.weight"])
+    with pytest.raises(LuthierError, match="reach model.layers.0.mlp.gate.weight, which is no stack of experts"):
+        from_peft(folder, tiny("qwen3_moe"))
+
+
+def test_entries_outside_of_the_weight(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, "llama", CASES["shira"][1]())
+    tensors(folder, lambda t: {k: v + 99 if "indices" in k else v for k, v in t.items()})
+    fails(folder, "shira_indices do not lie in a weight [32, 32]")
+
+
+def test_prompt_without_its_length(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, "llama", CASES["prompt"][1]())
+    config(folder, num_virtual_tokens=None)
+    fails(folder, "num_virtual_tokens None")
+    config(folder, num_virtual_tokens=9)
+    fails(folder, "prompt_embeddings is (4, 32)", "(9, 32)")
 
 
 def test_broken_json(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from luthier.attach import attached
+from luthier.attach.sites import sites_for
+from luthier.bases.roles import Roles
 from luthier.bridge.peft import from_peft, to_peft
+from luthier.bridge.peft_in import READERS
+from luthier.bridge.peft_out import WRITERS
 from luthier.bridge.target import logits_of
-from luthier.delta.artefact import Delta
+from luthier.delta import FORMS
+from luthier.delta.artefact import Delta, Piece
+from luthier.errors import LuthierError
 from tests.tiny import tiny, tiny_ids
 
 # PEFT warns of its own defaults and uses names that transformers will drop; none of that is ours.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
 
 C = {"task_type": "CAUSAL_LM"}
+S = {"task_type": "SEQ_2_SEQ_LM"}
 CASES: dict[str, tuple[str, Any]] = {
     "lora-all-linear": ("llama", lambda: peft.LoraConfig(**C, target_modules="all-linear", r=4, lora_alpha=6)),
     "lora-patterns": (
@@ -49,6 +58,10 @@ CASES: dict[str, tuple[str, Any]] = {
         "llama",
         lambda: peft.LoraConfig(**C, target_modules=["q_proj"], trainable_token_indices=[9, 5]),
     ),
+    "lora-tokens-tied": (
+        "gpt2",
+        lambda: peft.LoraConfig(**C, target_modules=["c_attn"], trainable_token_indices=[9, 5], fan_in_fan_out=True),
+    ),
     "lora-t5": ("t5", lambda: peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wo"])),
     "lora-bert": ("bert", lambda: peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])),
     "dora": ("llama", lambda: peft.LoraConfig(**C, target_modules=["q_proj", "down_proj"], r=3, use_dora=True)),
@@ -61,6 +74,40 @@ CASES: dict[str, tuple[str, Any]] = {
     "prompt-absolute": ("gpt2", lambda: peft.PromptTuningConfig(**C, num_virtual_tokens=3)),
     "prefix": ("llama", lambda: peft.PrefixTuningConfig(**C, num_virtual_tokens=4)),
     "prefix-absolute": ("gpt2", lambda: peft.PrefixTuningConfig(**C, num_virtual_tokens=4)),
+    "lora-experts": (
+        "qwen3_moe",
+        lambda: peft.LoraConfig(
+            **C, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"], r=3
+        ),
+    ),
+    "lora-experts-patterns": (
+        "mixtral",
+        lambda: peft.LoraConfig(
+            **C,
+            target_modules=["q_proj"],
+            target_parameters=["experts.down_proj", "layers.0.mlp.experts.gate_up_proj"],
+            r=2,
+            rank_pattern={"experts.down_proj": 3, "q_proj": 4},
+            alpha_pattern={"layers.1.mlp.experts.down_proj": 5},
+            use_rslora=True,
+        ),
+    ),
+    "lora-parameters": (
+        "llama",
+        lambda: peft.LoraConfig(**C, target_modules=[], target_parameters=["q_proj.weight"], r=3),
+    ),
+    "lora-lora-bias": (
+        "qwen2",
+        lambda: peft.LoraConfig(**C, target_modules=["q_proj", "o_proj"], r=4, lora_alpha=12, lora_bias=True),
+    ),
+    "beft": ("llama", lambda: peft.BeftConfig(**C, target_modules=["v_proj", "up_proj"])),
+    "beft-saved": ("qwen2", lambda: peft.BeftConfig(**C, target_modules=["v_proj"], modules_to_save=["norm"])),
+    "shira": ("llama", lambda: peft.ShiraConfig(**C, target_modules=["q_proj", "down_proj"], r=2)),
+    "tokens": ("llama", lambda: peft.TrainableTokensConfig(**C, token_indices=[3, 7])),
+    "tokens-tied": ("gpt2", lambda: peft.TrainableTokensConfig(**C, token_indices=[90, 5, 7])),
+    "prompt-pair": ("t5", lambda: peft.PromptTuningConfig(**S, num_virtual_tokens=4)),
+    "prefix-pair": ("t5", lambda: peft.PrefixTuningConfig(**S, num_virtual_tokens=4)),
+    "p-tuning": ("llama", lambda: peft.PromptEncoderConfig(**C, num_virtual_tokens=3)),
     "ln": ("llama", lambda: peft.LNTuningConfig(**C)),
     "ln-bias": ("gpt2", lambda: peft.LNTuningConfig(**C, target_modules=["ln_1", "ln_2", "ln_f"])),
 }
@@ -157,11 +204,65 @@ def test_an_embedding_saved_in_a_narrower_type_is_the_bases(tmp_path: Path) -> N
     assert len(from_peft(tmp_path / "theirs", tiny().to(torch.bfloat16)).pieces) == 1
 
 
-def test_bias_on_the_second_matrix(tmp_path: Path) -> None:
-    config = peft.LoraConfig(**C, target_modules=["q_proj", "o_proj"], r=4, lora_alpha=12, lora_bias=True)
-    folder, theirs = written(tmp_path, "qwen2", config)
-    base = tiny("qwen2")
-    delta = from_peft(folder, base)
-    assert [piece.name for piece in delta.pieces] == ["lora", "bias"]
-    delta.apply(base)
-    assert (logits_of(base)(tiny_ids()) - theirs).abs().max() <= 1e-5
+def test_every_type_of_peft_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    """Counts PEFT's own types: those that are read are all exchanged above, each other one is refused in one line."""
+    read = {str(config().peft_type.value) for _, config in CASES.values()}
+    assert read == set(READERS)
+    for kind in (t.value for t in peft.PeftType):
+        if kind in read:
+            continue
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        with pytest.raises(LuthierError, match=f"peft_type {kind} has no form here") as caught:
+            from_peft(tmp_path, tiny())
+        assert "\n" not in str(caught.value)
+
+
+def test_every_form_is_written_or_refused_by_name(tmp_path: Path) -> None:
+    for name, form in FORMS.items():
+        if name in WRITERS or form.at == "base":
+            continue
+        model = tiny()
+        delta = Delta([fresh(model, name)])
+        with pytest.raises(LuthierError, match=f"PEFT has no form for {name}: export to hf"):
+            to_peft(delta, tmp_path / "out", base=model)
+
+
+def test_experts_in_peft_terms(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, "mixtral", CASES["lora-experts-patterns"][1]())
+    base = tiny("mixtral")
+    to_peft(from_peft(folder, base), tmp_path / "ours", base=base)
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+    assert config["target_parameters"] == [
+        "model.layers.0.mlp.experts.down_proj",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    ]
+    theirs, ours = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
+
+
+def test_what_one_adapter_cannot_hold(tmp_path: Path) -> None:
+    """A prefix in the encoder, layers that PEFT gives the same, a bias where LoRA is not: refused, nothing written."""
+    base = tiny("t5")
+    both = fresh(base, "prefix")
+    refused(Delta([both]), tmp_path, base, "in the encoder, where PEFT has none")
+    decoder = {k: s for k, s in both.sites.items() if k.startswith("decoder")}
+    apart = Piece("prefix", both.form, decoder, {k: both.p[k] for k in decoder}, {k: {} for k in decoder})
+    refused(Delta([apart]), tmp_path, base, "the same prefix, and these differ")
+    qwen = tiny("qwen2")
+    lora = fresh(qwen, "lora", "attn.q")
+    bias = fresh(qwen, "bias", "attn.v")
+    refused(Delta([lora, bias]), tmp_path, qwen, "lora_bias lies on LoRA's own modules")
+
+
+def fresh(model: Any, form: str, sites: str | None = None) -> Piece:
+    made = FORMS.make(form, {})
+    return attached(model).build(form, made, sites_for(Roles(model), made, sites))
+
+
+def refused(delta: Delta, tmp_path: Path, base: Any, words: str) -> None:
+    with pytest.raises(LuthierError, match=words):
+        to_peft(delta, tmp_path / "never", base=base)
+    assert not (tmp_path / "never").exists()
