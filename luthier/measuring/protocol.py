@@ -200,8 +200,12 @@ class Arm:
         return max(sorted(self.tried), key=lambda setting: self.tried[setting])
 
     def at_edge(self) -> bool:
-        """Whether the best setting is the smallest or largest tried, so that a better one may lie outside."""
-        return len(self.tried) > 1 and self.best() in (min(self.tried), max(self.tried))
+        """Whether a better setting may lie outside: the one taken is the smallest or largest tried, and none between these
+        scores as well as the best. The smallest, taken because nothing is shown to be better (``gentlest``), is no open
+        edge where the best score lies inside."""
+        low, high = min(self.tried, default=0.0), max(self.tried, default=0.0)
+        inside = [score for setting, score in self.tried.items() if low < setting < high]
+        return low < high and self.best() in (low, high) and max(self.tried.values()) > max(inside, default=-math.inf)
 
 
 def gentlest(tried: Mapping[float, Sequence[float]], level: float = LEVEL) -> float:
@@ -218,12 +222,13 @@ def gentlest(tried: Mapping[float, Sequence[float]], level: float = LEVEL) -> fl
 
 def equal_budgets(arms: Sequence[Arm]) -> list[str]:
     """What is unequal or open about the arms' tuning, in words; empty if all had as many tries and none ends at an
-    edge."""
+    open edge (``Arm.at_edge``)."""
     counts = {arm.name: len(arm.tried) for arm in arms}
     told = []
     if len(set(counts.values())) > 1:
         told.append("tries differ: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
-    return told + [f"{arm.name} is best at the edge of its sweep, {arm.best():g}" for arm in arms if arm.at_edge()]
+    open_ended = {arm.name: Arm(arm.name, arm.tried).best() for arm in arms if arm.at_edge()}
+    return told + [f"{name} scores best at the edge of its sweep, {at:g}" for name, at in open_ended.items()]
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,33 @@ def test_tuning_that_differs_is_refused_and_an_open_edge_is_told():
         judge(plan, found, (ARMS[0], Arm("full", {1e-4: 0.8})))
     edge = Arm("full", {1e-5: 0.6, 1e-4: 0.8, 1e-3: 0.9})
     assert edge.at_edge() and edge.best() == 1e-3
-    assert "full is best at the edge of its sweep, 0.001" in str(judge(plan, found, (ARMS[0], edge)))
+    assert "full scores best at the edge of its sweep, 0.001" in str(judge(plan, found, (ARMS[0], edge)))
     assert equal_budgets(ARMS) == [] and Arm("tie", {2.0: 1.0, 1.0: 1.0, 3.0: 0.0}).best() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "open_edge"),
+    [
+        ((0.9, 0.8, 0.1), 1e-4, True),  # falling from the first on: a smaller one may be better
+        ((0.95, 0.96, 0.1), 1e-4, False),  # taken as not shown to be worse than one inside, where the top is
+        ((0.1, 0.2, 0.3), 1e-4, True),  # taken as not shown to be worse than the largest, where it still rises
+        ((0.1, 0.2, 0.3), 1e-3, False),  # as good as the largest, inside
+        ((0.1, 0.8, 0.9), 1e-2, True),
+        ((1.0, 1.0, 0.9), None, False),  # a top that reaches inside
+        ((0.2, 0.9, 0.8), None, False),
+    ],
+)
+def test_an_edge_is_open_where_a_better_setting_may_lie_outside(scores, chosen, open_edge):
+    arm = Arm("full", dict(zip((1e-4, 1e-3, 1e-2), scores, strict=True)), chosen)
+    assert arm.at_edge() == open_edge
+    edge = "0.0001" if scores[0] > scores[-1] else "0.01"
+    told = [f"full scores best at the edge of its sweep, {edge}"] if open_edge else []
+    assert equal_budgets([arm, ARMS[0]]) == told
+
+
+def test_one_setting_has_no_edge_and_two_have_nothing_between():
+    assert not Arm("a", {1.0: 0.5}).at_edge() and not Arm("a", {}).at_edge()
+    assert Arm("a", {1.0: 0.5, 2.0: 0.5}).at_edge()
 
 
 def test_the_gentlest_setting_that_is_not_shown_to_be_worse_is_taken():
