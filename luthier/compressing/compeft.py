@@ -17,8 +17,8 @@ class ComPEFT(Compression):
     """Δ̂ = α std(Δ) sign(Δ) at the share `density` of entries that are largest in size, 0 elsewhere; Golomb coded on disk.
 
     The same α at every matrix, the one of `alphas` with the least loss on calibration text; without text `alpha`.
-    Our reading: threshold and deviation are each matrix's own, so that a model goes through matrix by matrix; the
-    paper takes them over the whole change. Source: Yadav et al. 2023 (P084).
+    Differs from the paper, which takes threshold and deviation over the whole change: here they are each matrix's own, so
+    that a model goes through matrix by matrix. Source: Yadav et al. 2023 (P084).
     """
 
     density: float = 0.05

@@ -21,7 +21,8 @@ class DeltaCoMe(Compression):
 
     V is rounded first, with the errors made good against the calibration inputs X; then U S, against X V̂, from the least
     squares fit of Δ X on X V̂ (our reading: rounding V is so made good by U, too; the paper rounds U S as it is). Each
-    direction has a step of its own on either side. Source: Ping et al. 2024 (P023).
+    direction has a step of its own on either side, where the authors' GPTQ has one for every 128 entries and takes inputs
+    in the order of their size. Source: Ping et al. 2024 (P023).
     """
 
     bits: tuple[int, ...] = (8, 3, 2)

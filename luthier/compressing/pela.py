@@ -14,7 +14,8 @@ class PELA(Compression):
     """The base itself, smaller: W ≈ B A by SVD, a `factor`-th of the numbers, then A and B tuned on text so that all hidden
     states are the base's (mean squared error, plus the form's penalty on drift). Fine-tune it as it stands afterwards.
 
-    Source: PELA (P343).
+    Differs: the authors add the loss of the pre-training task, and weigh features by 0.1 to 1 beside it; here text alone is
+    asked for. Source: PELA (P343), as the authors' code has it.
     """
 
     factor: float = 2.0

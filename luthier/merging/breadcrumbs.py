@@ -19,7 +19,8 @@ class Breadcrumbs(TaskVectors):
     """Of every change, tensor by tensor, the `density` · n entries below the largest `gamma` · n; λ is the paper's α.
 
     In the paper's terms β = 1 − density − gamma falls out at the bottom and γ at the top. Where density + gamma
-    exceeds 1, fewer of the largest fall out. Source: Davari and Belilovsky 2023 (P026).
+    exceeds 1, fewer of the largest fall out. The authors' code ranks each row of a tensor by itself.
+    Source: Davari and Belilovsky 2023 (P026).
     """
 
     each: ClassVar[Mapping[str, float | None]] = {"weight": 1.0, "density": 1.0, "gamma": 0.01}
