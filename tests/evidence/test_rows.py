@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import luthier
 from luthier.attach import Attached, attached
 from luthier.attach.sites import parameter_items, sites_for
 from luthier.bases.roles import Roles
 from luthier.choices.engine import ChoiceContext
 from luthier.delta import CHOICES, FORMS, Site, State
+from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
+from luthier.plan.stages import load_stages
 from tests.tiny import tiny, tiny_ids
 
-IDS = tiny_ids(2, 10)
+IDS, RECIPES = tiny_ids(2, 10), Path(luthier.__file__).parent / "recipes"
 
 
 def with_form(name: str, family: str = "llama", **settings: Any) -> tuple[Any, Attached, Roles]:
@@ -297,3 +302,88 @@ def test_p123_adapters_and_norms_only() -> None:
     delta.detach(model)
     first.apply(model)
     assert torch.equal(logits(model), tuned)
+
+
+def test_p246_one_setting_swaps_the_adapter_and_the_grid_of_placements_runs(tmp_path: Path) -> None:
+    """The recipe's own grid, on a tiny model: what changes from run to run is `delta` alone."""
+    stages = load_stages(RECIPES / "llm-adapters.yaml")
+    grid = {s.name: dict(s.settings["delta"]) for s in stages}
+    kinds = {k: [f"{k}-{place}" for place in ("attn", "mlp", "both")] for k in ("series", "parallel", "lora")}
+    assert list(grid) == [*sum(kinds.values(), []), "prefix"]
+    assert len({str({k: v for k, v in s.settings.items() if k not in ("delta", "train")}) for s in stages}) == 1
+    base, sites = logits(tiny()), {}
+    for name, spec in grid.items():
+        model = tiny()
+        roles, handle, before = Roles(model), attached(model), values(model)
+        own = {k: v for k, v in spec.items() if k not in ("form", "sites", "lr")}
+        form = FORMS.make(spec["form"], own)
+        handle.add(handle.build(name, form, sites_for(roles, form, spec.get("sites"))), train=True)
+        assert torch.equal(logits(model), base) or name == "prefix"
+        train(model, handle)
+        tuned, piece = logits(model), handle.pieces[name]
+        assert not moved(before, model) and not close(tuned, base, 1e-3)
+        sites[name] = {s.role for s in piece.sites.values()}
+        delta = handle.delta()
+        held = [v.numel() for table in delta.pieces[0].p.values() for v in table.values()]
+        assert (
+            [p.name for p in delta.pieces] == [name]
+            and sum(held) == piece.count()
+            and not any(delta.pieces[0].fixed.values())
+        )
+        other = tiny()
+        Delta.load(delta.save(tmp_path / name)).apply(other)
+        assert torch.equal(logits(other), tuned)
+    for attn, mlp, both in kinds.values():
+        assert sites[both] == sites[attn] | sites[mlp]
+        assert all(r.startswith("attn.") for r in sites[attn]) and all(r.startswith("ffn.") for r in sites[mlp])
+
+
+def successors(step: int, by: int, rows: int = 32) -> tuple[Tensor, Tensor]:
+    """Rows of six tokens of a ring of 17, and what follows the last one in steps of `by`."""
+    x = torch.randint(3, 20, (rows, 6), generator=torch.Generator().manual_seed(step))
+    return x, (x[:, -1] + by - 3) % 17 + 3
+
+
+def loss_on(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(model(input_ids=x, use_cache=False).logits[:, -1], y)
+
+
+def learn(model: Any, numbers: list[Any], by: int, steps: int, lr: float, after: Any = None) -> None:
+    optimiser = torch.optim.Adam(numbers, lr=lr)
+    for step in range(steps):
+        optimiser.zero_grad()
+        loss_on(model, *successors(1000 * by + step, by)).backward()
+        optimiser.step()
+        if after is not None:
+            after()
+
+
+def test_p141_a_fisher_chosen_share_of_the_norms_beats_a_random_one() -> None:
+    """A model that has learnt to count by ones is told to count by twos; each arm at the better of two rates."""
+    knows = tiny()
+    learn(knows.requires_grad_(True), list(knows.parameters()), 1, 200, 3e-3)
+    knows.requires_grad_(False)
+    items = parameter_items(Roles(knows), knows)
+    norms = {n: knows.get_parameter(n).requires_grad_(True) for n, s in items.items() if s.role.startswith("norm")}
+    squares = dict.fromkeys(norms, torch.tensor(0.0))
+    for row in range(64):
+        knows.zero_grad()
+        loss_on(knows, *successors(9000 + row, 2, 1)).backward()
+        squares = {n: squares[n] + p.grad.square() / 64 for n, p in norms.items()}
+
+    def ends(by: str, seed: int = 0) -> float:
+        found = []
+        for lr in (0.03, 0.1):
+            model = copy.deepcopy(knows).requires_grad_(False)
+            choice = CHOICES.make("norm", {"fraction": 0.1, "by": by})
+            handle = attached(model)
+            handle.move("norm", choice.select(items, ChoiceContext(seed=seed, square=squares.get)))
+            rows = [p for _, p in handle.trained()["norm"]]
+            assert sum(p.numel() for p in rows) == 16
+            learn(model, rows, 2, 60, lr, handle.after_step)
+            with torch.no_grad():
+                found.append(float(loss_on(model, *successors(8000, 2, 256))))
+        return min(found)
+
+    drawn = [ends("random", seed) for seed in range(3)]
+    assert ends("fisher") < min(drawn)
