@@ -44,7 +44,7 @@ def verify_merged(report: Report, on: Target, path: Path, delta: Delta | None = 
     if bad or not _shapes(report, ours, theirs):
         return report
     _head(report, on, merged)
-    _changed(report, on, ours, theirs, expected=delta is None)
+    _changed(report, on, ours, theirs, delta)
     if delta is not None:
         _is_the_delta(report, on, ours, theirs, delta, stored)
         _answers(report, on, merged, delta, stored)
@@ -94,9 +94,17 @@ def _head(report: Report, on: Target, merged: Any) -> None:
     report.add("tied head", None if was else False, f"{told}{'' if was else ': the trained head is lost; merge again'}")
 
 
-def _changed(report: Report, on: Target, ours: dict[str, Tensor], theirs: dict[str, Tensor], expected: bool) -> None:
-    """Whether anything changed, and which layers did not."""
+def _changed(
+    report: Report, on: Target, ours: dict[str, Tensor], theirs: dict[str, Tensor], delta: Delta | None
+) -> None:
+    """Whether any value changed, and which layers did not. The sign of a zero is no value: a checkpoint that differs in
+    that alone is noted, unless its delta changes more."""
     moved = {n for n, t in ours.items() if not torch.equal(t.to(theirs[n].dtype), theirs[n])}
+    signs = [n for n, t in ours.items() if n not in moved and not torch.equal(t.signbit(), theirs[n].signbit())]
+    if not moved and signs and (delta is None or not any(any(seal) for seal in delta.seals.values())):
+        report.add("changed", None, f"zeros of {len(signs)} tensors have the other sign ({signs[0]}) and nothing else differs: no "
+                   "value is another than the base's")  # fmt: skip
+        return
     if not moved:
         report.add("changed", False, "every weight equals the base's: the merge lost the delta (rounded away, or never "
                    "loaded); merge in float32")  # fmt: skip
@@ -106,7 +114,7 @@ def _changed(report: Report, on: Target, ours: dict[str, Tensor], theirs: dict[s
     told = f"{len(moved)} of {len(ours)} tensors differ from the base"
     if still and layers:
         told += f"; layers {', '.join(map(str, still[:8]))}{' …' if len(still) > 8 else ''} are unchanged"
-    report.add("changed", None if still and layers and expected else True, told)
+    report.add("changed", None if still and layers and delta is None else True, told)
 
 
 def _is_the_delta(

@@ -193,6 +193,8 @@ def norms_hold(delta: Delta) -> Check:
     if not delta.seals:
         return Check("norms", None, "not checked: the delta carries no seals")
     if len(silent) == len(delta.seals):
+        if any(p["bits"].any() for piece in delta.pieces if piece.form.at == "base" for p in piece.p.values()):
+            return Check("norms", None, "zeros change their sign and nothing else: no value differs from the base's")
         return Check("norms", False, "every change is zero: nothing was trained, or the save was empty; train again")
     return Check("norms", True, f"{len(delta.seals) - len(silent)} of {len(delta.seals)} sites changed")
 

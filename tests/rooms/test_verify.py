@@ -23,6 +23,7 @@ from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
 from luthier.verbs import export, import_, inspect, load, verify
+from luthier.verbs.diff import diff
 from luthier.verbs.tune import tune
 from tests.rooms.test_bridge_peft import C
 from tests.tiny import tiny, tiny_ids, tiny_tokenizer
@@ -413,3 +414,22 @@ def test_the_probes_of_a_delta_trained_under_autocast_are_of_the_model_as_it_is_
     report = verify(out, load_base(BaseSpec.model_validate({"name": "practice", "dtype": "float32"})))
     probes = next(c for c in report.checks if c.name == "probes")
     assert report.ok and probes.ok and "the delta is there: 0 from tuned" in probes.detail
+
+
+def test_the_sign_of_a_zero_is_no_value(base: Path, tmp_path: Path) -> None:
+    """Zeros that became -0.0 and nothing else: noted as that, neither lost nor empty; a delta of it holds."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    zeros, signs = (Path(shutil.copytree(base, tmp_path / n)) for n in ("zeros", "signs"))
+    for folder, value in ((zeros, 0.0), (signs, -0.0)):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][0, :4] = value
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    report = verify(signs, str(zeros))
+    told = {c.name: c for c in report.checks}
+    assert told["changed"].ok is None and "zeros of 1 tensors have the other sign" in told["changed"].detail
+    assert report.ok, str(report)
+    diff(str(zeros), str(signs), out=tmp_path / "delta")
+    report = verify(tmp_path / "delta", merged=signs)
+    assert report.ok, str(report)
+    assert "zeros change their sign" in next(c.detail for c in report.checks if c.name == "norms")
+    assert "equals the base's" in failed(verify(zeros, str(zeros)))["changed"]
