@@ -43,7 +43,10 @@ class Rendering:
     def items(self, found: Sequence[Found], metric: Metric) -> tuple[list[Item], dict[str, int]]:
         """An item for each record that can be measured, and how many could not, by reason."""
         if metric.needs == "answer":
-            return [self._asked(f) for f in found], {}
+            right = [f for f in found if f.example.wanted or f.example.answer is not None]
+            for _ in range(len(found) - len(right)):
+                self.ledger.drop("labelled false")  # what such a record says is an answer that is not to be given
+            return [self._asked(f) for f in right], dict(self.ledger.dropped)
         rows = self.maker.rows([f.example for f in found])
         items = [self._row(f, row) for f, row in zip(found, rows, strict=True) if row is not None]
         return items, dict(self.ledger.dropped)

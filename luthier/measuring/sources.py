@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from luthier.data.read import open_source, read
-from luthier.data.records import example, recognise
+from luthier.data.records import example, mark, recognise
 from luthier.errors import LuthierError
 from luthier.measuring.checks import ACCURACY, LOSS, PERPLEXITY, Kind, Metric
 from luthier.measuring.items import Item
@@ -78,7 +78,7 @@ def prepare_check(
     source = check.source
     if source.path.startswith("practice:") and source.limit is None:
         source = source.model_copy(update={"limit": items})  # made to order, and already in no order
-    found = drawn(_found(source), items, seed)
+    found = _marked(drawn(_found(source), items, seed))
     metric = choose_metric(check, base.kind, found)
     settings = (
         data.model_copy(update={"train": [check.source]})
@@ -116,6 +116,16 @@ def _found(source: SourceSpec) -> Iterator[Found]:
     for record in read(source):
         form = recognise(record.fields, record.where) if source.format == "auto" else source.format
         yield Found(record.fields, example(record, form))
+
+
+def _marked(found: list[Found]) -> list[Found]:
+    """Labels of 0 or 1 (or of true or false in a table) say of answers whether they are wanted, as in training, where
+    every record that is measured has a prompt, a completion and such a label."""
+    labels = [mark(f.example.extra.get("label")) if f.fields.get("completion") is not None else None for f in found]
+    if all(label is not None for label in labels):
+        for f, label in zip(found, labels, strict=True):
+            f.example.wanted = bool(label)
+    return found
 
 
 def choose_metric(check: CheckSpec, kind: str, found: Sequence[Found]) -> Metric:

@@ -152,6 +152,25 @@ def test_records_that_cannot_be_measured_are_counted(tmp_path):
         prepare_check(base(), check(path, metric="loss"), "guard", data=short)
 
 
+def test_an_answer_labelled_false_is_no_reference(tmp_path):
+    """Unpaired preferences: their undesirable answers are neither right nor trained; a stated answer still is one."""
+    path = written(tmp_path, [
+        {"prompt": "1+1=", "completion": "2", "label": True},
+        {"prompt": "1+1=", "completion": "3", "label": False},
+        {"prompt": "2+2=", "completion": "5", "label": False, "answer": "4"},
+    ])  # fmt: skip
+    made = prepare_check(base(), check(path), "target")
+    assert made.metric.name == "exact" and [i.expected for i in made.items] == ["2", "4"]
+    assert made.dropped == {"labelled false": 1}
+    assert len(prepare_check(base(), check(path, metric="loss"), "target").items) == 1
+    rows = [{"prompt": "1+1=", "completion": str(n), "label": int(n == 2)} for n in (1, 2, 3)]
+    numbers = prepare_check(base(), check(written(tmp_path, rows, "numbers.jsonl")), "target")
+    assert [i.expected for i in numbers.items] == ["2"] and numbers.dropped == {"labelled false": 2}
+    bad = written(tmp_path, [{"prompt": "1+1=", "completion": "3", "label": False}], "bad.jsonl")
+    with pytest.raises(LuthierError, match="no record to measure on: 1 labelled false"):
+        prepare_check(base(), check(bad), "target")
+
+
 def test_the_runs_template_is_used(tmp_path):
     path = written(tmp_path, [{"prompt": "q", "completion": "a"}])
     data = DataSpec.model_validate({"train": path, "template": TEMPLATE.replace("<assistant>", "<assistant>=")})
