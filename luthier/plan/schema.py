@@ -142,7 +142,9 @@ class DeltaSpec(Stated):
     weight_decay: float | None = Field(
         None, ge=0, description="Weight decay of this piece; default train.weight_decay."
     )
-    start_from: str | None = Field(None, description="Delta folder whose piece of this name continues.")
+    start_from: str | None = Field(
+        None, description="Delta folder whose piece of this name goes on; pieces that no delta takes stay on, frozen."
+    )
 
     @field_validator("sites", mode="before")
     @classmethod

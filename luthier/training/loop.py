@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,23 @@ class Loop:
     on_non_finite: Callable[[Loop, list[Batch], float], None]
 
 
+def backward(view: View, objective: Any, handle: Attached, context: AbstractContextManager[Any]) -> tuple[Any, Any]:
+    """Sum of losses and weight of one micro-batch; the gradients of that sum, with the forms' own penalties, are added to
+    those that are there. context: of the run's precision."""
+    with context:
+        loss, count = objective(view)
+    full = loss + handle.penalty() * count
+    if full.requires_grad:
+        full.backward()
+    return loss.detach(), count
+
+
+def update(optimiser: Optimiser, handle: Attached) -> None:
+    """One step along the gradients that are there."""
+    optimiser.torch.step()
+    handle.after_step()
+
+
 def gradients(loop: Loop, batches: list[Batch]) -> tuple[float, float]:
     """Sum of losses and weights over `batches`, with gradients of (sum / weight) left in the parameters.
 
@@ -64,12 +82,9 @@ def gradients(loop: Loop, batches: list[Batch]) -> tuple[float, float]:
     for k, batch in enumerate(batches):
         with loop.machine.accumulating(k < len(batches) - 1):
             view = loop.view(loop.machine.to_device(batch))
-            with loop.machine.precision.context(loop.machine.device):
-                loss, count = loop.objective(view)
-            full = loss + loop.handle.penalty() * count
-            if full.requires_grad:
-                full.backward()
-        total, weight = total + float(loss.detach()), weight + float(count)
+            context = loop.machine.precision.context(loop.machine.device)
+            loss, count = backward(view, loop.objective, loop.handle, context)
+        total, weight = total + float(loss), weight + float(count)
     total, weight = loop.machine.sum(total, weight)
     scale = loop.machine.world / weight if weight else 0.0
     grads = [p.grad for p in loop.optimiser.names.values() if p.grad is not None]
@@ -95,8 +110,7 @@ def train(loop: Loop) -> Progress:
         loss = total / weight if weight else math.nan
         norm = loop.machine.clip(list(loop.optimiser.names.values()), spec.clip)
         if math.isfinite(loss) and math.isfinite(norm):
-            loop.optimiser.torch.step()
-            loop.handle.after_step()
+            update(loop.optimiser, loop.handle)
         else:
             state.skipped += 1
             loop.on_non_finite(loop, batches, loss)

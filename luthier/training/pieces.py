@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from luthier.attach import Attached
 from luthier.attach.sites import parameter_items, sites_for
-from luthier.bases.fingerprint import compare
 from luthier.bases.load import Base
 from luthier.choices.engine import ChoiceContext
 from luthier.delta import CHOICES, FORMS, Site
-from luthier.delta.artefact import Delta, Piece
+from luthier.delta.artefact import Piece
 from luthier.errors import LuthierError
 from luthier.plan.schema import DeltaSpec
 from luthier.training.groups import Rates
+from luthier.training.starts import starts_of
 
 Selection = dict[str, Tensor | None]
 
@@ -59,70 +59,52 @@ class Pieces:
     def attach(self, specs: Iterable[DeltaSpec]) -> None:
         """Builds the forms and makes the first draw of the choices; names are made unique."""
         self.sites = parameter_items(self.base.roles, self.base.model)
+        specs, fresh = list(specs), self._fresh()
+        starts = starts_of(specs, self.base, fresh)
+        if starts.new:
+            self.handle.adopt("new", starts.new)
+            self.started.add("new")
+        for piece in starts.along:
+            piece.name = _unused(piece.name, self.handle.pieces)
+            self.handle.add(piece)
+            self.started.add(piece.name)
         taken: set[str] = set(self.handle.pieces)
-        for spec in specs:
-            name = stem = spec.name or spec.form or spec.choice or ""
-            k = 2
-            while name in taken:
-                name, k = f"{stem}-{k}", k + 1
+        for n, spec in enumerate(specs):
+            name = _unused(spec.name or spec.form or spec.choice or "", taken)
             taken.add(name)
             self.rates[name] = Rates(spec.lr, spec.weight_decay)
             self.started |= {name} if spec.start_from else set()
             if spec.form:
-                self._form(name, spec)
+                self._form(name, spec, starts.taken.get(n, []))
             else:
-                self._choice(name, spec)
-        self._new_numbers()
+                self._choice(name, spec, starts.taken.get(n, []))
+        own = {k for name, table in self.handle.edits.items() if name != "new" for k in table}
+        if fresh := {k: v for k, v in fresh.items() if k not in own}:
+            self.handle.move("new", fresh)
 
-    def _form(self, name: str, spec: DeltaSpec) -> None:
+    def _form(self, name: str, spec: DeltaSpec, start: list[Piece]) -> None:
         form = FORMS.make(spec.form or "", spec.settings)
-        if spec.start_from:
-            piece = self._start(spec, name)
+        if start:
+            (piece,) = start
             piece.name = name
         else:
             sites = sites_for(self.base.roles, form, spec.sites, spec.except_, spec.layers)
             piece = self.handle.build(name, form, sites, self.seed)
         self.handle.add(piece, train=True)
 
-    def _start(self, spec: DeltaSpec, name: str) -> Piece:
-        """The piece of an earlier delta that a form goes on with; whatever the plan states must be what it is."""
-        parent = Delta.load(spec.start_from or "")
-        same_base(parent, self.base)
-        piece = _piece_of(parent, spec)
-        if FORMS.name_of(type(piece.form)) != spec.form:
-            raise LuthierError(
-                f"delta '{name}' is a {spec.form}, but start_from {spec.start_from} holds {FORMS.name_of(type(piece.form))}"
-            )
-        stated = FORMS.make(spec.form or "", spec.settings)
-        other = [k for k in spec.settings if getattr(stated, k) != getattr(piece.form, k)]
-        other += [k for k, v in (("sites", spec.sites), ("except", spec.except_), ("layers", spec.layers)) if v]
-        if other:
-            raise LuthierError(
-                f"delta '{name}' goes on from {spec.start_from}, which fixes its {other[0]}: leave that out, or start anew without start_from"
-            )
-        return piece
-
-    def _choice(self, name: str, spec: DeltaSpec) -> None:
+    def _choice(self, name: str, spec: DeltaSpec, start: list[Piece]) -> None:
         choice = CHOICES.make(spec.choice or "", spec.settings)
         items = self.sites
         if spec.sites or spec.except_ or spec.layers:
             parts = self.base.roles.select(spec.sites or ["all"], spec.except_, spec.layers)
             wanted = {p for part in parts for p in part.parameters}
             items = {k: v for k, v in items.items() if k in wanted}
-        chosen = Chosen(name, choice, items)
-        self.chosen.append(chosen)
-        if spec.start_from:
-            parent = Delta.load(spec.start_from)
-            same_base(parent, self.base)
-            exact = [p for p in parent.pieces if p.form.at == "base"]
-            if not exact:
-                raise LuthierError(
-                    f"delta '{name}': {spec.start_from} holds no moved parameters for a choice to go on with"
-                )
-            self.handle.adopt(name, exact)
+        self.chosen.append(Chosen(name, choice, items))
+        if start:
+            self.handle.adopt(name, start)
 
-    def _new_numbers(self) -> None:
-        """Parts the checkpoint lacks (a fresh head, rows of new tokens) train with whatever else does."""
+    def _fresh(self) -> Selection:
+        """Parts the checkpoint lacks (a fresh head, rows of new tokens): they train with whatever else does."""
         fresh: Selection = {name: None for name in self.base.new_parameters}
         if self.base.new_rows:
             rows = torch.tensor(self.base.new_rows)
@@ -130,8 +112,7 @@ class Pieces:
                 if site.role in ("embed", "head") and site.parameter == "weight":
                     width = site.shape[-1]
                     fresh[key] = (rows[:, None] * width + torch.arange(width)).flatten()
-        if fresh:
-            self.handle.move("new", fresh)
+        return fresh
 
     @property
     def needs_gradients(self) -> bool:
@@ -214,25 +195,12 @@ class Pieces:
             chosen.ever, chosen.drawn_at = set(own["ever"]), own["drawn_at"]
 
 
-def _piece_of(parent: Delta, spec: DeltaSpec) -> Piece:
-    found = {p.name: p for p in parent.pieces}
-    wanted = spec.name or spec.form or ""
-    if wanted in found:
-        return found[wanted]
-    if len(found) == 1:
-        return parent.pieces[0]
-    raise LuthierError(
-        f"start_from {spec.start_from} has no piece '{wanted}'; it has {', '.join(found)}: name this delta like one of them"
-    )
-
-
-def same_base(delta: Delta, base: Base) -> None:
-    """A delta that says it was made on another base is an error that shows both fingerprints."""
-    stated = delta.base.get("fingerprint")
-    if stated and base.fingerprint and compare(stated, base.fingerprint) == "different":
-        raise LuthierError(
-            f"the delta was made on base {stated} ({delta.base.get('name')}), this is {base.fingerprint} ({base.name}): load the right base"
-        )
+def _unused(stem: str, taken: Collection[str]) -> str:
+    """The name, with a number behind it where it is taken."""
+    name, k = stem, 2
+    while name in taken:
+        name, k = f"{stem}-{k}", k + 1
+    return name
 
 
 def score_gradients(pieces: Pieces, batches: Iterable[Any], micro: Any, squared: bool = False) -> None:

@@ -21,17 +21,16 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from luthier.attach import attached
 from luthier.bases.load import Base
-from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
-from luthier.training.fast import Pruner, speed_up
-from luthier.training.goal import objective_of, reference_of
+from luthier.training.fast import speed_up
+from luthier.training.goal import objective_of
 from luthier.training.groups import make_optimiser
+from luthier.training.loop import backward, update
 from luthier.training.pieces import Pieces
 from luthier.training.precision import Precision
-from luthier.training.run import checkpoint_activations
+from luthier.training.run import attach_deltas, fit, viewer
 from luthier.training.view import Batch, HeadSelector, View, block_of
 
 FILLER = 1 << 20
@@ -155,23 +154,13 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
         _as_fast(base)
     without_weights(model, mode, device)
     with mode:
-        handle = attached(model)
-        for k, folder in enumerate(plan.base.deltas):
-            for piece in Delta.load(folder).pieces:
-                piece.name = f"parent{k}-{piece.name}"
-                handle.add(piece)
-        pieces = Pieces(handle, base, plan.train.seed, parents=frozenset(handle.pieces))
-        pieces.attach(plan.delta)
-    _draw(pieces, mode)
-    if plan.train.checkpointing:
-        checkpoint_activations(model)
-    head = model.get_output_embeddings() if base.kind != "classify" else None
-    selector = HeadSelector(head, block_of(precision.compute, device)) if head is not None else None
-    faked = [_faked(part, base, selector, mode, device) for part in parts]
-    if selector is not None and base.kind == "causal" and not (plan.train.compile or plan.train.checkpointing):
-        Pruner(base.roles, model, selector)
+        pieces = attach_deltas(plan, base)
+    handle = pieces.handle
+    fitted = fit(plan, base, block_of(precision.compute, device), traced=True)
     objective = objective_of(plan, base.kind)
-    off = reference_of(objective, pieces)
+    see = viewer(lambda: model, pieces, fitted, objective)
+    _draw(pieces, mode)
+    faked = [_faked(part, base, fitted.selector, mode, device) for part in parts]
     with mode:
         optimiser = make_optimiser(handle, plan.train, pieces.rates)
     model.train()
@@ -179,18 +168,14 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
 
     def step() -> None:
         for inputs, supervised in faked:
-            view = View(model, inputs, selector, base.kind, off)
+            view = see(inputs)
             view.__dict__.update(supervised)
-            with precision.context(device):
-                loss, count = objective(view)
-            (loss + handle.penalty() * count).backward()
+            backward(view, objective, handle, precision.context(device))
             view.__dict__.clear()
-            del loss, count
         norm = torch.nn.utils.get_total_norm([p.grad for p in numbers if p.grad is not None], foreach=True)
         if plan.train.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(numbers, plan.train.clip, norm, foreach=True)
-        optimiser.torch.step()
-        handle.after_step()
+        update(optimiser, handle)
         optimiser.torch.zero_grad(set_to_none=True)
 
     held = [

@@ -29,8 +29,9 @@ from luthier.training.goal import objective_of, reference_of, rows_of
 from luthier.training.groups import make_optimiser
 from luthier.training.loop import Loop, Progress, train
 from luthier.training.machine import Machine, make_accelerator
-from luthier.training.pieces import Pieces, same_base, score_gradients
+from luthier.training.pieces import Pieces, score_gradients
 from luthier.training.precision import precision_of
+from luthier.training.starts import same_base
 from luthier.training.view import HeadSelector, View, block_of
 
 SCORED = 8
@@ -153,16 +154,10 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
         plan.data, base.tokenizer, kind=rows_of(objective, base.kind), labels=spec.labels, seed=plan.train.seed
     )
     _check(plan, data)
-    pieces = _attach(plan, base)
-    fitted = _fit(plan, base, block_of(precision.compute, device))
-    selector = fitted.selector
+    pieces = attach_deltas(plan, base)
+    fitted = fit(plan, base, block_of(precision.compute, device))
     machine = Machine(accelerator, precision, base.model, plan.train.fsdp)
-    off = reference_of(objective, pieces)
-
-    def view(batch: Any) -> View:
-        pieces.handle.ctx.columns, pieces.handle.ctx.segments = batch, batch.get("segments")
-        return View(machine.model, batch, selector, base.kind, off)
-
+    view = viewer(lambda: machine.model, pieces, fitted, objective)
     batches = data.batches(plan.train.batch_size, machine.rank, machine.world)
     at_once = positions_at_once(plan.train.tokens_at_once, device, machine.sharded)
     feed = Feed(base, batches, plan.train.accumulate, machine.compute, at_once)
@@ -213,8 +208,8 @@ def _check(plan: Plan, data: Any) -> None:
         raise LuthierError(f"train.{wants[-1]} needs evaluations on the way: state train.eval_every")
 
 
-def _attach(plan: Plan, base: Base) -> Pieces:
-    """The base's earlier deltas, frozen, and the plan's own on top."""
+def attach_deltas(plan: Plan, base: Base) -> Pieces:
+    """The base's earlier deltas, frozen, and the plan's own on top; nothing has been drawn yet."""
     handle = attached(base.model)
     for k, folder in enumerate(plan.base.deltas):
         parent = Delta.load(folder)
@@ -247,20 +242,37 @@ class Fitted:
             self.selector.hook.remove()
 
 
-def _fit(plan: Plan, base: Base, block: int) -> Fitted:
-    """Makes the base's forward pass what the plan wants: recomputed, compiled, or fused and pruned."""
+def fit(plan: Plan, base: Base, block: int, *, traced: bool = False) -> Fitted:
+    """Makes the base's forward pass what the plan wants: recomputed, compiled, or fused and pruned.
+
+    block: as HeadSelector's. traced: the model has no numbers, by which faster blocks are tried and kernels compiled, and
+    neither is done.
+    """
     head = base.model.get_output_embeddings() if base.kind != "classify" else None
     selector = HeadSelector(head, block) if head is not None else None
     if plan.train.checkpointing:
         checkpoint_activations(base.model)
     if plan.train.compile:
         # The layers without the head, whose selection of positions differs in every batch and would compile anew.
-        (stack_of(base.model) or base.model).compile(dynamic=True)
+        if not traced:
+            (stack_of(base.model) or base.model).compile(dynamic=True)
         return Fitted(base.model, selector)
-    fused = speed_up(base.model)
+    fused = {} if traced else speed_up(base.model)
     if selector is None or base.kind != "causal" or plan.train.checkpointing:
         return Fitted(base.model, selector, None, fused)
     return Fitted(base.model, selector, Pruner(base.roles, base.model, selector), fused)
+
+
+def viewer(model: Callable[[], Any], pieces: Pieces, fitted: Fitted, objective: Any) -> Callable[[Any], View]:
+    """What turns a batch into what the objective reads. model: gives the model to run, which is wrapped later. To be made
+    before anything moves: the reference is the model of now."""
+    handle, base, off = pieces.handle, pieces.base, reference_of(objective, pieces)
+
+    def view(batch: Any) -> View:
+        handle.ctx.columns, handle.ctx.segments = batch, batch.get("segments")
+        return View(model(), batch, fitted.selector, base.kind, off)
+
+    return view
 
 
 @contextmanager
