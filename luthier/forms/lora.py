@@ -52,8 +52,9 @@ def check_by_site(form: LoRA, sites: Sequence[Site]) -> None:
 class LoRA(Form):
     """ΔW = s · B A with A [r, in] Gaussian-uniform and B [out, r] zero at the start; the weight itself is frozen.
 
-    s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling. On an embedding A's columns are looked up; fused
-    experts get one pair each. Differs from the paper: A is drawn Kaiming-uniform, as the authors' code does.
+    s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling. On an embedding A's columns are looked up, and A is zero
+    and B normal at the start; fused experts get one pair each. Differs from the paper: A is drawn Kaiming-uniform. Both as
+    the authors' code does.
     Source: Hu et al. 2021 (P110); rsLoRA: Kalajdzievski 2023.
     """
 
@@ -87,6 +88,8 @@ class LoRA(Form):
 
     def build(self, site: Site, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         r, stack = self.at_site(site)[0], (site.experts,) if site.experts else ()
+        if site.kind == "embedding":  # so that a token's first step does not shrink with the vocabulary
+            return {"A": torch.zeros(r, site.d_in), "B": torch.randn(site.d_out, r, generator=g)}, {}
         bound = 1 / math.sqrt(site.d_in)
         a = torch.empty(*stack, r, site.d_in).uniform_(-bound, bound, generator=g)
         return {"A": a, "B": torch.zeros(*stack, site.d_out, r)}, {}
@@ -117,7 +120,7 @@ class DoRA(LoRA):
     """W' = m · (W + s B A) / ‖W + s B A‖, norms per output row, m [out] trained and equal to ‖W‖ at the start.
 
     Norms are constants in the backward pass and come from Gram products in float32, never from W + s B A itself.
-    `fixed["w2"]` keeps ‖W_i‖². With dropout only the low-rank path's x is dropped (our reading).
+    `fixed["w2"]` keeps ‖W_i‖². As in the authors' code dropout takes x from both terms that are added to the base's output.
     Settings are LoRA's. Source: Liu et al. 2024 (P175); m per output row as in the authors' code.
     """
 
@@ -144,8 +147,11 @@ class DoRA(LoRA):
 
     def change(self, x: Tensor, y: Tensor, s: State) -> Tensor:
         r, scale = self.ratio(s), self.at_site(s.site)[1]
-        straight = y if s.bias is None else y - s.bias
-        x = F.dropout(x, self.dropout, s.ctx.training) if self.dropout else x
+        if self.dropout and s.ctx.training:
+            x = F.dropout(x, self.dropout)
+            straight = F.linear(x, s.W().to(x.dtype))
+        else:
+            straight = y if s.bias is None else y - s.bias
         low = (x @ s.p["A"].to(x.dtype).t()) @ s.p["B"].to(x.dtype).t()
         return (r - 1).to(y.dtype) * straight + (r * scale).to(y.dtype) * low
 

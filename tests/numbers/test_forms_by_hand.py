@@ -50,6 +50,30 @@ def test_dora_norm_is_detached() -> None:
     assert b.grad is not None and torch.allclose(b.grad[:, 0], ratio * 3)  # x Aᵀ = 3
 
 
+def test_dora_drops_the_same_inputs_in_both_terms() -> None:
+    """W x + b, and to it (m/‖·‖ − 1) W x̃ and m/‖·‖ s B A x̃ of one x̃: dropped entries are 0, the others doubled."""
+    form = FORMS.make("dora", {"rank": 1, "alpha": 1.0, "dropout": 0.5})
+    p, bias = {"A": A, "B": B, "m": torch.tensor([10.0, 3.0])}, torch.tensor([0.5, -0.5])
+    s = State(SITE, p, {"w2": W.square().sum(1)}, lambda: W, bias)
+    s.ctx.training = True
+    x = torch.ones(64, 2)
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    assert {0.0, 2.0} == set(dropped.flatten().tolist())
+    ratio = p["m"] / torch.tensor([52**0.5, 1.0])
+    torch.manual_seed(0)
+    change = form.change(x, x @ W.t() + bias, s)
+    assert torch.allclose(change, (ratio - 1) * (dropped @ W.t()) + ratio * (dropped @ A.t() @ B.t()), atol=1e-5)
+
+
+def test_lora_on_an_embedding_starts_as_the_authors_do() -> None:
+    """A zero and B normal: the first step of a token is as large in a large vocabulary as in a small one."""
+    for words in (10, 10_000):
+        site = Site("e", "embed", None, "embedding", words, 64)
+        p, _ = FORMS.make("lora", {"rank": 8}).build(site, torch.Generator().manual_seed(0))
+        assert not p["A"].any() and 0.9 < float(p["B"].std()) < 1.1
+
+
 @pytest.mark.parametrize("cancel", [False, True])
 def test_row_norms_without_the_product(cancel: bool) -> None:
     g = torch.Generator().manual_seed(0)
