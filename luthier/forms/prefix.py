@@ -17,8 +17,8 @@ class Prefix(Form):
     """`length` extra keys and values [kv_heads, length, head_dim] per layer, without rotary positions.
 
     Numbers: layers · 2 · length · kv_heads · head_dim. With `inner` they come out of a small network instead,
-    W₂ tanh(W₁ e + b₁) + b₂ for each of the `length` vectors e (our reading: one network per layer, where the first
-    implementations share one). Source: Liu et al. 2021 (P444); Li and Liang 2021.
+    W₂ tanh(W₁ e + b₁) + b₂ for each of the `length` vectors e [hidden]; e, W₁ and b₁ are one for all layers, and a layer's
+    W₂ and b₂ are its rows of the network's last ones, as in the authors' code. Source: Liu et al. 2021 (P444); Li and Liang 2021.
     """
 
     length: int = 20
@@ -42,6 +42,8 @@ class Prefix(Form):
     def __post_init__(self) -> None:
         if self.length < 1 or self.inner < 0:
             raise ValueError(f"length must be at least 1 and inner at least 0, got {self.length} and {self.inner}")
+        if self.inner:
+            object.__setattr__(self, "shared", ("e", "W1", "b1"))
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The trained tensors."""
@@ -49,7 +51,7 @@ class Prefix(Form):
         if not self.inner:
             return {"keys": (self.length, width), "values": (self.length, width)}
         up = {"W2": (2 * width, self.inner), "b2": (2 * width,)}
-        return {"e": (self.length, width), "W1": (self.inner, width), "b1": (self.inner,), **up}
+        return {"e": (self.length, site.d_in), "W1": (self.inner, site.d_in), "b1": (self.inner,), **up}
 
     def build(self, site: Site, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {name: torch.randn(shape, generator=g) * self.spread for name, shape in self.shapes(site).items()}, {}
@@ -64,4 +66,7 @@ class Prefix(Form):
         return keys.transpose(0, 1), values.transpose(0, 1)
 
     def count(self, site: Site) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes(site).values())
+        return sum(torch.Size(s).numel() for name, s in self.shapes(site).items() if name not in self.shared)
+
+    def count_shared(self, site: Site) -> int:
+        return sum(torch.Size(s).numel() for name, s in self.shapes(site).items() if name in self.shared)
