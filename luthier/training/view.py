@@ -150,7 +150,9 @@ class View:
                 f"the model gave {logits.shape[-2]} rows of logits for {len(self._selected)} selected tokens: "
                 "its head is not where get_output_embeddings() says; report this architecture"
             )
-        return logits.reshape(-1, logits.shape[-1])[: len(index)]
+        logits = logits.reshape(-1, logits.shape[-1])
+        # No slice where there is nothing to cut: behind one, the loss could not write its gradient over them.
+        return logits if len(logits) == len(index) else logits[: len(index)]
 
     @cached_property
     def logprobs(self) -> Tensor:

@@ -369,7 +369,7 @@ def test_p141_a_fisher_chosen_share_of_the_norms_beats_a_random_one() -> None:
     for row in range(64):
         knows.zero_grad()
         loss_on(knows, *successors(9000 + row, 2, 1)).backward()
-        squares = {n: squares[n] + p.grad.square() / 64 for n, p in norms.items()}
+        squares = {n: squares[n] + p.grad.square() / 64 for n, p in norms.items()}  # pyright: ignore
 
     def ends(by: str, seed: int = 0) -> float:
         found = []

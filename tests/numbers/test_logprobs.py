@@ -67,6 +67,17 @@ def test_backward_twice() -> None:
     assert torch.allclose(layer.weight.grad, 2 * once)  # pyright: ignore
 
 
+def test_a_runs_own_logits_are_written_over() -> None:
+    """As a run sees them, through the selector: their memory becomes the gradient's."""
+    model, ids = tiny("llama").requires_grad_(True), tiny_ids(2, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "weights": (ids % 3 > 0).float()}
+    view = View(model, batch, HeadSelector(model.get_output_embeddings()))  # pyright: ignore
+    assert _fresh(view.logits.grad_fn)
+    before = view.logits.detach().clone()
+    view.logprobs.sum().backward()
+    assert not torch.equal(view.logits.detach(), before)
+
+
 @pytest.mark.parametrize("dtype", CLOSE, ids=["fp32", "bf16"])
 def test_a_model_with_a_soft_cap(dtype: torch.dtype) -> None:
     """Gemma 2 as a run sees it: the selector, the head, the cap, then the loss."""
