@@ -9,7 +9,9 @@ import pytest
 
 from luthier.errors import LuthierError
 from luthier.practice import world
+from luthier.practice.contract import said, words
 from luthier.practice.draw import Draw
+from luthier.practice.families._store import House
 
 FAMILIES = world.families()
 SLOW = ("countdown", "errands", "tagging", "ledgers", "repairs")
@@ -57,6 +59,53 @@ def test_no_test_record_is_patched_together_from_train_records(family):
     for split in ("test", "shifted"):
         assert not [r for r in world.records(family, split, n) if grams(r) <= seen]
     assert grams(trained[0]) <= seen
+
+
+def _list_question(record) -> tuple[str, ...]:
+    """What is asked of which list, worked out from the words: to turn a list round and name its first is to name its last."""
+    listed, _, asked = said(record).partition(". ")
+    plain = asked.split("then: ")[-1]
+    ways = {
+        "backwards|round|from the end": "reverse",
+        "first|begin": "first",
+        "last|end": "last",
+        "Count|many|long": "count",
+    }
+    kind = next((kind for way, kind in ways.items() if re.search(way, plain)), plain.split()[-1])
+    if "then:" in asked:
+        kind = {"first": "last", "last": "first", "count": "count"}.get(kind, f"reverse, {kind}")
+    return (kind, *words(listed))
+
+
+def _errand(record) -> tuple[object, ...]:
+    """What is to be brought where, the places to look in whatever order they are named, where each thing is, what is known."""
+    text, house = said(record), House(said(record))
+    goal = frozenset(re.findall(r"the (\w+) to the (\w+)", text))
+    places = frozenset(re.split(r", | or ", text.split("look in the ")[1].split(".")[0]))
+    return (
+        goal,
+        places,
+        frozenset(house.at.items()),
+        frozenset(house.locked),
+        re.findall(r"The \w+ is in the \w+", text) == [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "question", "trained", "tested"),
+    [
+        ("lists", _list_question, 20_000, 1500),
+        ("sorting", lambda record: frozenset(words(record["answer"])), 20_000, 1500),
+        ("errands", _errand, 6000, 400),
+    ],
+)
+def test_no_question_of_a_test_split_was_trained_in_another_order_or_other_words(family, question, trained, tested):
+    """By other means than meanings: who turns a list round first, sorts the other way or names the places in another order
+    asks for what train may have told already."""
+    told = {question(record) for record in world.records(family, "train", trained, seed=3)}
+    for split in ("test", "shifted"):
+        assert not [r for r in world.records(family, split, tested) if question(r) in told]
+    assert question(next(world.records(family, "train", 1, seed=3))) in told
 
 
 def test_the_same_prompt_is_never_asked_in_train_and_test_of_parallel_families():

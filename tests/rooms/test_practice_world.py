@@ -26,7 +26,7 @@ PINNED = {
     "customs_east": "34213c474955b7cb",
     "customs_west": "d19b99bfb6d6686d",
     "derivations": "1d65b1837f870e1d",
-    "errands": "d1fe32e27602cbeb",
+    "errands": "2d1c50c2128c44dc",
     "expressions": "da83faf8b9263e3b",
     "facts": "01e7ea6e8150275f",
     "instructions": "371413a23584f927",
@@ -308,6 +308,20 @@ def test_difficulty_is_graded(family):
             for d in (1, 3)
         ]
         assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shifted_is_another_task(family):
+    """A family that overlooks ``shifted`` would test what test tests: from the same draws it gives other prompts."""
+    make, n = world.family_named(family).make, 60
+    drawn = [[make(Draw(f"shift/{i}"), 1 + i % 3, shifted).prompt for i in range(n)] for shifted in (False, True)]
+    assert sum(a != b for a, b in zip(*drawn, strict=True)) >= 0.9 * n
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_answer_is_the_value_in_the_response(family):
+    """Mistaken for each other, both would often still be passed: the answer is never the longer one."""
+    assert all(len(r["answer"]) <= len(r["messages"][-1]["content"]) for r in world.records(family, "test", 60))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

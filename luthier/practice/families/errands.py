@@ -50,7 +50,8 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
 
 
 def _key(house: House) -> str:
-    return json.dumps([house.goal, house.at, house.places, sorted(house.locked), house.seen])
+    told = [house.goal, house.at, sorted(house.places), sorted(house.locked), house.seen]
+    return json.dumps(told, sort_keys=True)
 
 
 def replayed(record: Mapping[str, Any]) -> House:
@@ -83,5 +84,5 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
 
 
 def meaning(record: Mapping[str, Any]) -> str:
-    """What is where, and where it is to go."""
+    """What is where, and where it is to go, in whatever order places and things are named."""
     return _key(House(said(record)))

@@ -28,6 +28,8 @@ REWORDED = {
     "without": "Strike {}.",
 }
 SIZES = {1: (2, 3), 2: (4, 4), 3: (5, 5)}
+TURNED = {"first": "last", "last": "first", "count": "count"}
+"""What is asked of a list that is turned round first, where a plain question asks the same."""
 
 
 def make(draw: Draw, level: int, shifted: bool) -> Item:
@@ -42,7 +44,7 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
     order, done = items, name
     if shifted and level == 3 and name != "reverse":
         asked = f"Turn the list round, then: {asked}"
-        order, done = items[::-1], f"reverse+{name}"
+        order, done = items[::-1], TURNED.get(name, f"reverse+{name}")
     results = {
         "first": order[:1],
         "last": order[-1:],
@@ -72,6 +74,6 @@ def meaning(record: Mapping[str, Any]) -> str:
     for name, ways in PLAIN.items():
         for way in (*ways, REWORDED[name]):
             if found := re.fullmatch(re.escape(way).replace(r"\{\}", r"(\w+)"), rest):
-                done = name if rest == asked else f"reverse+{name}"
+                done = name if rest == asked else TURNED.get(name, f"reverse+{name}")
                 return f"{done}|{''.join(found.groups())}|{' '.join(re.findall('[a-z]+', listed))}"
     return asked

@@ -31,8 +31,8 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
         prompt = f"Which order is right for {listed}?"
     else:
         prompt = f"{listed}. {draw.pick(['Sort them.', 'Put them in order.'])}"
-    # A set has one sorted order, so the set, not its first arrangement, is the meaning.
-    key = f"{'-' if falling else '+'}{' '.join(sorted(items))}"
+    # A set has one sorted order, and the falling one is that turned round, so the set alone is the meaning.
+    key = f"+{' '.join(sorted(items))}"
     answer = ", ".join(ordered)
     return Item(key, prompt, answer, answer)
 
@@ -43,6 +43,6 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
 
 
 def meaning(record: Mapping[str, Any]) -> str:
-    """The set, and whether it is to fall."""
+    """The set."""
     items = [w for w in words(said(record)) if w in FRUITS or w.isdigit()]
-    return f"{'-' if 'the last in order first' in said(record) else '+'}{' '.join(sorted(items))}"
+    return f"+{' '.join(sorted(items))}"
