@@ -211,6 +211,52 @@ def test_p268_divided_by_the_density_the_mean_is_the_change_also_where_one_entry
         MERGES.make("lines", {"of": "ties", "rescale": "by_density"})
 
 
+def test_p268_how_much_may_be_dropped() -> None:
+    """The score falls with p, and breaks (less than half of the gain is left) at a larger p in the larger network and at a
+    smaller p where the change is larger; two experts, half of either dropped, keep both tasks as one network."""
+    shares = [0.1, 0.3, 0.5, 0.7, 0.9]
+
+    def dare(models: list[Net], base: Net, p: float, seed: int) -> Net:
+        made = MERGES.make("dare_linear", {"rescale": "by_density"})
+        each = {"weight": [1.0] * len(models), "density": [1 - p] * len(models)}
+        draws = {k: torch.Generator().manual_seed(100 * seed + n) for n, k in enumerate(base)}
+        return {k: made.merge(Stack(k, [m[k] for m in models], v, each, generator=draws[k])) for k, v in base.items()}
+
+    def kept(models: list[Net], base: Net, p: float, x: Tensor, y: Tensor, of: slice = slice(None)) -> float:
+        """Of the gain of the first model, mean over draws."""
+        lost = lambda n: float((answers(n, x) - y)[:, of].square().mean())  # noqa: E731
+        after = sum(lost(dare(models, base, p, seed)) for seed in range(4)) / 4
+        return (lost(base) - after) / (lost(base) - lost(models[0]))
+
+    x, few, test = drawn(512, 12, seed=1), drawn(256, 12, seed=2), drawn(1000, 12, seed=3)
+    for seed in (0, 1):
+        known, other = net(12, 24, 4, seed=100 + seed), net(12, 24, 4, seed=200 + seed)
+        told, task = answers(known, x), plus(known, (0.5, other))
+        wanted = answers(task, few)
+        breaks: dict[tuple[int, float], float] = {}
+        for width in (16, 256):
+            slow = (16 / width) ** 0.5
+            base = fit(net(12, width, 4, seed=seed), lambda n, _, t=told: mse(n, x, t), 300, 1e-2 * slow)
+            for lr in (2e-3, 2e-2):
+                tuned = fit(base, lambda n, _, y=wanted: mse(n, few, y), 100, lr * slow)
+                curve = [kept([tuned], base, p, test, answers(task, test)) for p in shares]
+                assert curve == sorted(curve, reverse=True)
+                breaks[width, lr] = next(
+                    p for p, share in zip([*shares, 1.0], [*curve, 0.0], strict=True) if share < 0.5
+                )
+        assert breaks[16, 2e-3] < breaks[256, 2e-3] and breaks[16, 2e-2] < breaks[256, 2e-2], (
+            "larger networks tolerate more"
+        )
+        assert breaks[16, 2e-2] < breaks[16, 2e-3] and breaks[256, 2e-2] < breaks[256, 2e-3], "larger changes less"
+        halves, own = [slice(0, 2), slice(2, 4)], []
+        for part in halves:
+            y = answers(known, few)
+            y[:, part] = wanted[:, part]
+            own.append(fit(base, lambda n, _, y=y: mse(n, few, y), 100, 2e-3 * slow))
+        both = [kept(e, base, 0.5, test, answers(task, test), h) for e, h in zip((own, own[::-1]), halves, strict=True)]
+        assert min(both) > 0.5, "more than half of either task's gain"
+
+
 def test_p222_lines() -> None:
     one = TUNED[:1]
     assert torch.allclose(merged("lines", one, {"alpha": 1.0, "beta": 0.0}, layer=2, layers=4), TUNED[0], atol=1e-8)
