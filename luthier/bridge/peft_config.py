@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
 from luthier.errors import LuthierError
 
 COMMON = {
@@ -43,6 +45,32 @@ READ: dict[str, set[str]] = {
     "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
 }
 """PEFT's types that luthier has too -> their fields that are read, or are about the start of training alone."""
+Names = list[str] | str | None
+TYPES: dict[str, Any] = {
+    "r": PositiveInt,
+    "lora_alpha": float,
+    "lora_dropout": float | None,
+    "rank_pattern": dict[str, PositiveInt] | None,
+    "alpha_pattern": dict[str, float] | None,
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), Names),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), list[str] | None),
+    "layers_to_transform": list[int] | int | None,
+    "trainable_token_indices": list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None,
+    "token_indices": list[NonNegativeInt] | None,
+    "num_virtual_tokens": PositiveInt,
+    "num_transformer_submodules": PositiveInt | None,
+    "base_model_name_or_path": str | None,
+    "bias": str | None,
+}
+"""What a field must be for its numbers to mean something; where it is left out its default holds."""
+PATTERNS = (
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts that take a part out of the base's own weights."""
 
@@ -62,14 +90,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise LuthierError(f"{folder} holds no adapter_config.json: give the folder that save_pretrained wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
         raise LuthierError(f"{path} is not JSON ({e}): copy the folder again") from e
     if not isinstance(config, dict):
         raise LuthierError(f"{path} is no table of settings: copy the folder again")
     kind = config.get("peft_type")
     if kind is None and "config" in config:
         raise LuthierError(f"{path} is of the 'adapters' library, not of PEFT: load it there and merge it first")
-    if kind not in READ:
+    if not isinstance(kind, str) or kind not in READ:
         raise LuthierError(
             f"{path}: peft_type {kind} has no form here; those that do: {', '.join(sorted(READ))}; "
             "where it merges, merge it with PEFT (merge_and_unload) and verify the checkpoint instead"
@@ -80,6 +108,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{path}: '{name}' is set ({str(value)[:60]}) and may change what the numbers mean, which is not "
                 "supported; merge the adapter with PEFT (merge_and_unload), or train without it"
             )
+    _typed(path, config)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise LuthierError(
@@ -89,6 +118,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA" or config.get("use_dora") is None:
         config.setdefault("use_dora", False)
     return config
+
+
+def _typed(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises LuthierError for a field of another type than PEFT writes, and for a pattern that is no regular expression."""
+    for name, kind in TYPES.items():
+        if name not in config:
+            continue
+        try:
+            TypeAdapter(kind).validate_python(config[name], strict=True)
+        except ValidationError as e:
+            raise LuthierError(
+                f"{path}: '{name}' is {str(config[name])[:60]!r}: {e.errors()[0]['msg']}; copy the folder again"
+            ) from e
+    for name in PATTERNS:
+        value = config.get(name)
+        for pattern in value if isinstance(value, dict) else [value] if isinstance(value, str) else []:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise LuthierError(f"{path}: '{name}' holds '{pattern}', which is no regular expression ({e})") from e
 
 
 def matched(config: Mapping[str, Any], modules: Iterable[str], linear: Iterable[str] = ()) -> set[str]:

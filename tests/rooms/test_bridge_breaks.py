@@ -174,7 +174,7 @@ def test_entries_outside_of_the_weight(tmp_path: Path) -> None:
 def test_prompt_without_its_length(tmp_path: Path) -> None:
     folder, _ = written(tmp_path, "llama", CASES["prompt"][1]())
     config(folder, num_virtual_tokens=None)
-    fails(folder, "num_virtual_tokens None")
+    fails(folder, "'num_virtual_tokens' is 'None'")
     config(folder, num_virtual_tokens=9)
     fails(folder, "prompt_embeddings is (4, 32)", "(9, 32)")
 
