@@ -28,8 +28,12 @@ from luthier.training.groups import Optimiser
 NAME = re.compile(r"step-(\d{8})$")
 
 
-def tensors_of(handle: Attached, optimiser: Optimiser) -> dict[str, Tensor]:
-    """Trained and constant numbers, moved parameters and moments, gathered on the CPU. Every process must call it."""
+def tensors_of(handle: Attached, optimiser: Optimiser | None, *, copy: bool = False) -> dict[str, Tensor]:
+    """Trained and constant numbers, moved parameters and the optimiser's moments, gathered on the CPU.
+
+    On a CPU they are the run's own memory unless `copy`: to be written before the next step. None leaves the moments
+    out. Every process must call it.
+    """
     out: dict[str, Tensor] = {}
     for piece, placed in handle.placed.items():
         for q in placed:
@@ -42,8 +46,15 @@ def tensors_of(handle: Attached, optimiser: Optimiser) -> dict[str, Tensor]:
                 out[f"index|{piece}|{key}"], out[f"values|{piece}|{key}"] = edit.index, edit.values
             if edit.values is None or edit.redrawn:
                 out[f"moved|{piece}|{key}"] = edit.parameter
-    out |= {f"optimiser|{k}": v for k, v in optimiser.state().items()}
-    return {k: gathered(v.detach()).cpu().clone() for k, v in out.items()}
+    if optimiser is not None:
+        out |= {f"optimiser|{k}": v for k, v in optimiser.state().items()}
+    seen: set[int] = set()
+    for name, value in out.items():
+        value = gathered(value.detach()).cpu()
+        at = value.untyped_storage().data_ptr()
+        out[name] = value.clone() if copy or at in seen else value  # a file holds no two views of one memory
+        seen.add(at)
+    return out
 
 
 @torch.no_grad()

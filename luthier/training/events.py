@@ -132,8 +132,7 @@ class Events:
         if math.isfinite(loss) and (state.best is None or loss < state.best["loss"]):
             state.best, state.stale = {"step": state.step, "loss": loss}, 0
             if train.keep_best:
-                tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
-                self.best_tensors = {k: v for k, v in tensors.items() if not k.startswith("optimiser|")}
+                self.best_tensors = checkpoint.tensors_of(loop.handle, None, copy=True)
         else:
             state.stale += 1
         if train.early_stop and state.stale >= train.early_stop and state.step < loop.steps:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Alive(TorchDispatchMode):
         self._seen[storage] = size
         self._made += 1
         if self._made % COLLECT == 0:
-            gc.collect()
+            gc.collect(1)
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, size)
@@ -166,8 +167,8 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     model.train()
     numbers = list(optimiser.names.values())
 
-    def step() -> None:
-        for inputs, supervised in faked:
+    def step(parts: Sequence[tuple[Any, Any]]) -> None:
+        for inputs, supervised in parts:
             view = see(inputs)
             view.__dict__.update(supervised)
             backward(view, objective, handle, precision.context(device))
@@ -185,14 +186,16 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
         [list(inputs.values()) for inputs, _ in faked],
     ]
     try:
-        traced = predict_peak(step, held, mode)
+        first = predict_peak(partial(step, faked[:1]), held, mode)
+        moments = [v for state in optimiser.torch.state.values() for v in state.values()]
+        traced = predict_peak(partial(step, faked), [*held, moments], mode)  # a run has them from the second step on
     except (DynamicOutputShapeException, DataDependentOutputException) as e:
         raise LuthierError(
             f"memory cannot be predicted: an operation looks at values ({e}); run without --dry-run"
         ) from e
     moving, sites = _moving(pieces)
-    kept = traced.after - traced.held + sum(p.numel() * p.element_size() for p in numbers)
-    return Prediction(traced, pieces, moving, sites, kept)
+    kept = first.after - first.held + sum(p.numel() * p.element_size() for p in numbers)
+    return Prediction(replace(traced, held=first.held, after=first.after), pieces, moving, sites, kept)
 
 
 def _as_fast(base: Base) -> None:

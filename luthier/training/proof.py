@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -107,18 +108,25 @@ def _batch(training: Training, lines: list[list[Any]], packed: bool = False) -> 
 
 
 def _accumulation(training: Training, rows: list[Any]) -> dict[str, Any]:
-    """Rows of unequal length, one at a time and together, give the same gradient."""
+    """Rows of unequal length, one at a time and together, give the same gradient.
+
+    The second is added onto the negative of the first: what is left is the difference, in no further memory.
+    """
     loop = training.loop
 
-    def gradient(batches: list[Batch]) -> torch.Tensor:
-        gradients(loop, batches)
-        flat = torch.cat([p.grad.flatten().float() for p in loop.optimiser.names.values() if p.grad is not None])
-        loop.optimiser.torch.zero_grad(set_to_none=True)
-        return flat
+    def norm() -> float:
+        grads = [p.grad for p in loop.optimiser.names.values() if p.grad is not None]
+        return math.sqrt(sum(float(g.norm(dtype=torch.float32)) ** 2 for g in grads))
 
-    together = gradient([_batch(training, [[row] for row in rows])])
-    apart = gradient([_batch(training, [[row]]) for row in rows])
-    return _verdict("k small batches and one large batch", apart, together, training)
+    _, weight = gradients(loop, [_batch(training, [[row] for row in rows])])
+    size = norm()
+    for p in loop.optimiser.names.values():
+        if p.grad is not None:
+            p.grad.mul_(-weight)  # gradients() had divided by it
+    _, apart = gradients(loop, [_batch(training, [[row]]) for row in rows])
+    error = norm() / max(size, 1e-30) + abs(apart - weight) / max(weight, 1e-30)
+    loop.optimiser.torch.zero_grad(set_to_none=True)
+    return _verdict("k small batches and one large batch", error, training)
 
 
 def _packing(training: Training, rows: list[Any]) -> dict[str, Any]:
@@ -136,7 +144,7 @@ def _packing(training: Training, rows: list[Any]) -> dict[str, Any]:
                 "set data.packing: false"
             ) from e
         alone = torch.cat([logprobs(_batch(training, [[row]])) for row in rows])
-    return _verdict("packed and unpacked records", packed, alone, training)
+    return _verdict("packed and unpacked records", _apart(packed, alone), training)
 
 
 def _reference(training: Training, rows: list[Any]) -> dict[str, Any]:
@@ -147,14 +155,17 @@ def _reference(training: Training, rows: list[Any]) -> dict[str, Any]:
         now, then = view.logprobs, view.reference.logprobs
     fresh = [p for n, p in training.handle.pieces.items() if n not in training.pieces.parents | training.pieces.started]
     if any(isinstance(p.form.identity, No) for p in fresh):
-        return {"ok": True, "error": float((now - then).norm() / then.norm()), "allowed": None}
-    return _verdict("the model and its reference", now, then, training)
+        return {"ok": True, "error": _apart(now, then), "allowed": None}
+    return _verdict("the model and its reference", _apart(now, then), training)
 
 
-def _verdict(what: str, a: torch.Tensor, b: torch.Tensor, training: Training) -> dict[str, Any]:
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def _verdict(what: str, error: float, training: Training) -> dict[str, Any]:
     precision = training.machine.precision
     allowed = TOLERANCE[precision.autocast or precision.base]
-    error = float((a - b).norm() / b.norm().clamp(min=1e-30))
     if error > allowed:
         raise LuthierError(
             f"{what} differ by {error:.1e} on this base (allowed {allowed:.0e}): set data.packing: false, or report this "

@@ -25,7 +25,8 @@ EFFICIENCY = {"fp32": 0.5, "bf16": 0.33}
 """Share of a bare matrix product's speed that a training step reaches, measured at 29 M parameters on two cores."""
 RUNTIME = 48 << 20
 """Bytes a process takes on a CPU once it trains: thread stacks, kernels' scratch space, the autograd engine."""
-
+HEAP = 0.5
+"""What the C library's heap takes on a CPU beside what a step makes and frees, as a share of it: gaps between tensors."""
 KERNEL = 650 << 10
 """Bytes that a compiled bfloat16 product of one shape takes on a CPU, on average over those of a step."""
 
@@ -80,18 +81,22 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
     batch = data.longest_batch(plan.train.batch_size)
     at_once = positions_at_once(plan.train.tokens_at_once, device, sharded)
     parts = micro_batches(batch, base, precision.compute, at_once)
+    largest = sorted(parts, key=_positions, reverse=True)[:2]  # the second finds gradients there, as all later ones do
     process = resident_memory() + RUNTIME if device.type == "cpu" else 0
-    found = predict_step(plan, base, parts, precision, device)
+    found = predict_step(plan, base, largest, precision, device)
     steps = steps_of(plan, data, int(os.environ.get("WORLD_SIZE", "1")))
     rows, length = batch["input_ids"].shape
     supervised = int((batch["weights"] > 0).sum()) if "weights" in batch else rows
     tokens = int(batch["attention_mask"].sum())
     rate = peak_flops(device, precision.compute)
     share = _mean_tokens(data, batch.get("pairs", rows)) / tokens if tokens else 1.0
-    seconds = steps * plan.train.accumulate * found.step.flops * share / (rate * EFFICIENCY[precision.name])
+    flops = found.step.flops * sum(map(_positions, parts)) / sum(map(_positions, largest))
+    seconds = steps * plan.train.accumulate * flops * share / (rate * EFFICIENCY[precision.name])
     memory, peak = total_memory(device), process + found.step.peak
+    if device.type == "cpu":
+        peak += int(HEAP * (found.step.peak - max(found.step.held, found.step.after)))
     if device.type == "cpu" and precision.compute == torch.bfloat16:
-        peak += int(KERNEL * found.step.products * _widths(data, parts, steps, plan, at_once))
+        peak += int(KERNEL * found.step.products * _widths(data, largest, steps, plan, at_once))
     warnings = [*base.notes, *([precision.note] if precision.note else [])]
     if peak > memory:
         warnings.append(
@@ -102,6 +107,10 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
         plan, parameters, found.moving, found.sites, precision.report(), str(device), (rows, length, supervised),
         data.size, steps, peak, found.step.peak, found.step.held, memory, seconds, data.ledger.to_dict(), warnings,
     )  # fmt: skip
+
+
+def _positions(part: Batch) -> int:
+    return part["input_ids"].numel()
 
 
 def _widths(data: Any, parts: list[Batch], steps: int, plan: Plan, at_once: int | None) -> float:
