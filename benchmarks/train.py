@@ -5,11 +5,12 @@
 CPU: a random 29 M Llama on GSM8K, batch 8, maximum length 512, loss on completions, AdamW, LoRA r = 16 on every
 linear layer. GPU: a random 1.1 B Llama on sequences of 2,048 tokens, bf16, TRL with Liger kernels. Every arm is a
 process of its own; arms alternate. Three comparisons: TRL's defaults; TRL grouping by length; and both on identical
-batches in identical order, where the losses must agree within 1 % at every step. Neither learning rate is tuned.
+batches in identical order, where the losses must agree within 1 % at every step. Neither learning rate is tuned. A
+fourth arm is the plain loop of benchmarks/plain.py, which says what these cores give without either.
 bf16 means: luthier, LoRA: base held in bfloat16, trained numbers float32, no autocast; luthier, full: float32 masters
 under bfloat16 autocast; TRL: bf16=True, which is a float32 model under bfloat16 autocast.
 Memory is the peak of the resident set while training less what the imports took, both sides under the same allocator
-setting (mmap threshold 1 MiB). On a processor without bfloat16 arithmetic the bf16 arms take the first 16 records only:
+setting (luthier.bases.hardware.set_malloc). On a processor without bfloat16 arithmetic the bf16 arms take the first 16 records only:
 TRL computes in bfloat16 all the same, luthier in float32 (docs/precision.md). The last line is one JSON object.
 """
 
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ARMS = ("luthier", "trl", "trl-grouped", "luthier-same", "trl-same")
+ARMS = ("luthier", "trl", "trl-grouped", "luthier-same", "trl-same", "plain")
 CPU = {
     "hidden_size": 512,
     "num_hidden_layers": 8,
@@ -41,6 +42,7 @@ GPU = {
     "num_key_value_heads": 4,
     "intermediate_size": 5632,
 }
+RANK = 16
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -80,7 +82,7 @@ def prepare(folder: Path, data: Path, records: int, gpu: bool) -> None:
 
 def plan_of(folder: Path, what: str, kind: str, length: int) -> dict[str, Any]:
     """The run as a luthier plan."""
-    delta = {"form": "lora", "rank": 16, "alpha": 16, "sites": ["linear"]} if what == "lora" else {"choice": "full"}
+    delta = {"form": "lora", "rank": RANK, "alpha": RANK, "sites": ["linear"]} if what == "lora" else {"choice": "full"}
     return {
         "base": str(folder / "base"),
         "data": {"train": str(folder / "records.jsonl"), "max_length": length, "cache": False, "stream": False},
@@ -157,7 +159,7 @@ def trl_arm(folder: Path, what: str, kind: str, how: str, length: int, gpu: bool
     )  # fmt: skip
     data = load_dataset("json", data_files=str(folder / "records.jsonl"), split="train", cache_dir=str(folder / "hf"))
     lora = (
-        LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, lora_dropout=0.0, task_type="CAUSAL_LM")
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR, lora_dropout=0.0, task_type="CAUSAL_LM")
         if what == "lora"
         else None
     )
@@ -199,7 +201,8 @@ def needed_flops(folder: Path, what: str, gpu: bool, length: int) -> float:
     """Floating-point operations that one pass over the records cannot do without, for this model and loss.
 
     Products of the linear layers: forward and input gradients, for full tuning the weight gradients too; the head at
-    supervised tokens; attention scores. Low-rank products and everything elementwise are left out.
+    supervised tokens; attention scores; of low-rank tuning its own products, forward and both gradients. Everything
+    elementwise is left out.
     """
     from transformers import AutoTokenizer
 
@@ -209,13 +212,15 @@ def needed_flops(folder: Path, what: str, gpu: bool, length: int) -> float:
     kv = d * c["num_key_value_heads"] // c["num_attention_heads"]
     block = layers * (2 * d * d + 2 * d * kv + 3 * d * f)
     vocabulary = 32000 if gpu else len(tokenizer)
+    sides = 2 * (d + d) + 2 * (d + kv) + 3 * (d + f)
+    low_rank = 3 * layers * RANK * sides if what == "lora" else 0
     total = 0.0
     for line in (folder / "records.jsonl").open(encoding="utf-8"):
         row = json.loads(line)
         n, m = (len(tokenizer(row[k])["input_ids"]) for k in ("prompt", "completion"))
         t = min(n + m + 1, length)
         passes = 4 if what == "lora" else 6
-        total += passes * (t * block + max(t - n, 0) * vocabulary * d) + 6 * layers * t * t * d
+        total += passes * (t * block + max(t - n, 0) * vocabulary * d) + 6 * layers * t * t * d + 2 * t * low_rank
     return total
 
 
@@ -258,7 +263,11 @@ def main() -> None:
     if args.arm:
         tool, _, how = args.arm.partition("-")
         what, kind = args.what[0], args.types[0]
-        if tool == "luthier":
+        if tool == "plain":
+            from plain import plain_arm
+
+            out = plain_arm(args.folder, what, kind, length, LINEAR, RANK, args.gpu)
+        elif tool == "luthier":
             out = luthier_arm(args.folder, what, kind, how == "same", length)
         else:
             out = trl_arm(args.folder, what, kind, how, length, args.gpu)
@@ -301,12 +310,15 @@ def table(what: str, kind: str, found: dict[str, list[dict[str, Any]]], ideal_se
         print(f"  {arm:14s} {speed[arm]:10,.0f} tokens/s   {peak[arm] / 2**20:8,.0f} MiB")
     out: dict[str, Any] = {}
     if "luthier" in found:
-        out["of_peak"] = ideal_seconds / statistics.median(r["seconds"] for r in found["luthier"])
-        print(f"  luthier reaches {out['of_peak']:.0%} of a bare matrix product's rate")
+        for name, arm in (("", "luthier"), ("_plain", "plain")):
+            if arm in found:
+                out["of_peak" + name] = share = ideal_seconds / statistics.median(r["seconds"] for r in found[arm])
+                print(f"  {arm} reaches {share:.0%} of a bare matrix product's rate")
     for name, ours, theirs in (
         ("", "luthier", "trl"),
         ("_grouped", "luthier", "trl-grouped"),
         ("_same", "luthier-same", "trl-same"),
+        ("_plain", "luthier", "plain"),
     ):
         if ours in found and theirs in found:
             out["speed" + name], out["memory" + name] = speed[ours] / speed[theirs], peak[ours] / peak[theirs]
