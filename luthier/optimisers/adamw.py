@@ -17,5 +17,5 @@ def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: floa
 
 @OPTIMISERS.add("sgd")
 def sgd(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum betas[0]; eps is not used."""
+    """Stochastic gradient descent with momentum betas[0]; weight decay is added to the gradient, and eps is not used."""
     return torch.optim.SGD(groups, lr=1e-3, momentum=betas[0])

@@ -195,7 +195,9 @@ class TrainSpec(Section):
     optimiser: str = Field("adamw", description="Optimiser by name.")
     betas: tuple[Rate, Rate] = Field((0.9, 0.999), description="AdamW's decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled; not on norms, biases and vectors.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled (sgd adds it to the gradient); not on norms, biases and vectors."
+    )
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null for none.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Type of the arithmetic; auto is bf16 on hardware that has it. See docs/precision.md."
