@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.effects import origin
 from luthier.effects.contract import Cell, Claim, Effect, Scores, effect_named, waiting
 from luthier.errors import LuthierError
 from luthier.measuring.protocol import Arm, Plan, gentlest, judge, paired, spread
@@ -30,8 +31,9 @@ TRIALS = range(1000, 1002)
 
 
 def digest(name: str) -> str:
-    """What a cell is kept by: the effect's own text, that of what it shares with others and of the bench, and the content
-    of its base, and of its ``LARGE`` one. A change of the world or of training is not seen: another --out runs anew."""
+    """What a cell is kept by: the effect's own text, that of what it shares with others, of the bench and of what it takes
+    from the world (``origin``), and the content of its base, and of its ``LARGE`` one. A change of training is not seen:
+    another --out runs anew."""
     from luthier.bases.load import load_base
     from luthier.effects import known, lab
     from luthier.plan.schema import BaseSpec
@@ -40,8 +42,12 @@ def digest(name: str) -> str:
     told = blake2b(digest_size=8)
     text = inspect.getsource(effect)
     shared = [f"{known.__name__}.{m.name}" for m in pkgutil.iter_modules(known.__path__) if m.name.startswith("_")]
-    for part in (effect, lab, *(importlib.import_module(name) for name in shared if name in text)):
-        told.update(inspect.getsource(part).encode())
+    own = (effect, lab, *(importlib.import_module(name) for name in shared if name in text))
+    texts = [inspect.getsource(part) for part in own]
+    for part in texts:
+        told.update(part.encode())
+    if (world := origin.digest(texts)) != origin.BEFORE.get(name):
+        told.update(world.encode())
     for base in filter(None, (effect.BASE, getattr(effect, "LARGE", None))):
         told.update(str(load_base(BaseSpec(name=base)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
     return told.hexdigest()

@@ -25,7 +25,7 @@ SPLITS = ("train", "test", "shifted")
 BLOCK = 64
 """Records drawn from one seed: ``start`` costs at most this many draws."""
 PATIENCE = 5_000
-"""Draws without a new test record after which there are taken to be no more."""
+"""Draws without a new test record, or without one that the split owns, after which there are taken to be no more."""
 
 FIRST = ("arithmetic", "facts", "lists", "refusals", "stories", "tracking")
 """The taught families that the tokenizers are made of, and a base's text where its run states no other mixture."""
@@ -44,10 +44,14 @@ def families() -> tuple[str, ...]:
 
 @cache
 def family_named(name: str) -> Family:
-    """The family of this name. Raises LuthierError for an unknown one, naming the nearest."""
+    """The family of this name. Raises LuthierError for an unknown one, naming the nearest, and for one whose file lacks
+    what every family's has."""
     if name not in families():
         raise LuthierError(f"practice world: unknown family {name!r}; {nearest(name, families(), 'familie')}")
-    return cast(Family, importlib.import_module(f"{_families.__name__}.{name}"))
+    found = importlib.import_module(f"{_families.__name__}.{name}")
+    if missing := [part for part in ("ABOUT", "TAUGHT", "make", "verify", "meaning") if not hasattr(found, part)]:
+        raise LuthierError(f"practice world: family {name}: {found.__file__} has no {', '.join(missing)}; add it")
+    return cast(Family, found)
 
 
 def taught() -> tuple[str, ...]:
@@ -147,16 +151,20 @@ def _check(name: str, split: str, n: int | None, seed: int, start: int, difficul
 
 
 def _items(name: str, split: str, seed: int, difficulty: int | None, block: int) -> Iterator[Item]:
-    """The accepted items of one block, without end."""
+    """The accepted items of one block, without end; it ends only where the split owns nothing that the family makes."""
     make, shifted = family_named(name).make, split == "shifted"
     drawn = drawn_as(name)
     prefix, owned = f"{drawn}|", _OWNED[split]
     draw = Draw(f"luthier/{drawn}/{split}/{seed}/{difficulty or 'mixed'}/{block}")
     below = draw.below
-    while True:
+    idle = 0
+    while idle < PATIENCE:
         item = make(draw, difficulty or 1 + below(3), shifted)
         if blake2b(f"{prefix}{item.key}".encode(), digest_size=2).digest()[0] in owned:  # split_of, without its calls
+            idle = 0
             yield item
+        else:
+            idle += 1
 
 
 def record_of(name: str, item: Item) -> Record:
@@ -177,7 +185,12 @@ def _drawn(name: str, split: str, seed: int, start: int, difficulty: int | None)
     while True:
         items = _items(name, split, seed, difficulty, block)
         for i in range(BLOCK):
-            item = next(items)
+            item = next(items, None)
+            if item is None:
+                raise LuthierError(
+                    f"practice world: family {name} makes nothing that split train owns"
+                    f"{f' at difficulty {difficulty}' if difficulty else ''}; give it more meanings"
+                )
             if i >= skip:
                 yield record_of(name, item)
         block, skip = block + 1, 0

@@ -5,11 +5,14 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from luthier.errors import LuthierError
 from luthier.practice import families, world
 from luthier.practice.draw import Draw
 
@@ -23,23 +26,28 @@ def forget() -> None:
     importlib.invalidate_caches()
 
 
+@contextmanager
+def placed(folder: Path, name: str, text: str) -> Iterator[None]:
+    """A family's file, put beside the families for a while."""
+    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    families.__path__.append(str(folder))
+    forget()
+    try:
+        yield
+    finally:
+        families.__path__.remove(str(folder))
+        sys.modules.pop(f"{families.__name__}.{name}", None)
+        if hasattr(families, name):
+            delattr(families, name)
+        forget()
+
+
 @pytest.fixture
 def example(tmp_path: Path) -> Iterator[str]:
     """The page's family, put into the folder of families for one test."""
     (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
-    (tmp_path / f"{NAME}.py").write_text(block, encoding="utf-8")
-    families.__path__.append(str(tmp_path))
-    forget()
-    try:
+    with placed(tmp_path, NAME, block):
         yield block
-    finally:
-        families.__path__.remove(str(tmp_path))
-        import sys
-
-        sys.modules.pop(f"{families.__name__}.{NAME}", None)
-        if hasattr(families, NAME):
-            delattr(families, NAME)
-        forget()
 
 
 def test_the_worked_example_is_a_family(example: str) -> None:
@@ -59,6 +67,29 @@ def test_the_worked_example_is_a_family(example: str) -> None:
 
 def test_the_example_is_gone_afterwards() -> None:
     assert NAME not in world.families()
+
+
+def test_a_family_that_lacks_a_part_is_told_which(example: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "lacking").mkdir()
+    with placed(folder, "halfway", example.split("def meaning")[0].replace("TAUGHT = False", "")):
+        with pytest.raises(LuthierError, match=r"family halfway: .*halfway\.py has no TAUGHT, meaning; add it"):
+            world.records("halfway", n=1)
+
+
+def test_a_split_that_owns_nothing_ends_and_is_not_waited_for(example: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "narrow").mkdir()
+    alike = example.replace("TAUGHT = False", f'TAUGHT, DRAWN_AS = False, "{NAME}"')
+    for owner, other in (("test", "train"), ("train", "shifted")):
+        key = next(k for k in map(str, range(100)) if world.split_of(NAME, k) == owner)
+        with placed(folder, "narrow", alike.replace('key=" ".join(sorted(named))', f'key="{key}"')):
+            assert next(world.records("narrow", owner))["family"] == "narrow"
+            if other == "train":
+                with pytest.raises(LuthierError, match="narrow makes nothing that split train owns at difficulty 2"):
+                    next(world.records("narrow", other, difficulty=2))
+            else:
+                assert list(world.records("narrow", other)) == []
+                with pytest.raises(LuthierError, match="only 0 different records, not 2"):
+                    list(world.records("narrow", other, 2))
 
 
 def test_the_table_names_every_family_and_what_it_asks() -> None:

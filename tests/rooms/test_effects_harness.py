@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import linecache
 import sys
 from pathlib import Path
 
 import pytest
 
-from luthier.effects import known
+from luthier.effects import known, lab, origin
 from luthier.effects.__main__ import main
 from luthier.effects.contract import Cell, effect_named, effects
 from luthier.effects.page import page
-from luthier.effects.run import run
+from luthier.effects.run import digest, run
 from luthier.errors import LuthierError
+from luthier.practice import families, world
 
 MADE = '''
 """Made up: `better` gains 20 points at its best rate, `same` none."""
@@ -110,3 +112,60 @@ def test_bad_words_get_one_line(made, capsys):
     (made / "made.py").write_text(MADE.replace('"better:score", effect=0.1)', '"better:scores", effect=0.1)'))
     with pytest.raises(LuthierError, match="better:scores, which no run measured"):
         run("made", made / "out", workers=1)
+
+
+FAMILY = """
+from luthier.practice.contract import Item, same
+from luthier.practice.words import FRUITS
+ABOUT, TAUGHT = "a made family", False
+def make(draw, level, shifted):
+    fruit = draw.pick(FRUITS)
+    return Item(key=fruit, prompt=f"Say {fruit}.", response=fruit, answer=fruit)
+def verify(prompt, answer, response):
+    return same(answer, response)
+def meaning(record):
+    return record["answer"]
+"""
+
+
+def test_what_is_of_another_world_counts_no_more_and_another_family_is_no_other_world(made, monkeypatch):
+    """A key tells of the families that an effect names and what they import, of nothing else; and of a world as of which
+    results were kept without telling, it does not tell."""
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(made)])
+    names = ("made_family", "other_family")
+    for name in names:
+        (made / f"{name}.py").write_text(FAMILY)
+    _forget(names)
+    try:
+        (made / "made.py").write_text(MADE + '\nFAMILY = "made_family"\n')
+        taken = {module.rpartition(".")[2] for module in origin.parts(['"made_family"'])}
+        assert taken == {"made_family", "contract", "draw", "words"}
+        before, world_before = digest("made"), origin.digest(['"made_family"'])
+        (made / "other_family.py").write_text(FAMILY + "# changed\n")
+        _forget(names)
+        assert digest("made") == before
+        (made / "made_family.py").write_text(FAMILY.replace("Say", "Tell me"))
+        _forget(names)
+        assert digest("made") != before and origin.digest(['"made_family"']) != world_before
+    finally:
+        _forget(names)
+
+
+def _forget(names: tuple[str, ...]) -> None:
+    for cached in (world.families, world.family_named, world.drawn_as):
+        cached.cache_clear()
+    for name in names:
+        sys.modules.pop(f"{families.__name__}.{name}", None)
+        if hasattr(families, name):
+            delattr(families, name)
+    linecache.clearcache()
+    importlib.invalidate_caches()
+
+
+def test_results_kept_before_keys_told_of_the_world_count_while_it_is_the_same(made, monkeypatch):
+    telling = digest("made")
+    text = (made / "made.py").read_text() + Path(lab.__file__).read_text()
+    monkeypatch.setattr(origin, "BEFORE", {"made": origin.digest([text])})
+    untold = digest("made")
+    monkeypatch.setattr(origin, "digest", lambda texts: "another world")
+    assert untold != telling and digest("made") not in (untold, telling)
