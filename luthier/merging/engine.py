@@ -152,31 +152,39 @@ class TaskVectors(Merge):
         span = self.span(t) if n else SPAN
         chunks = [_difference(x, base) for x in models]
         thins = [self.thin(t, i, chunk) if n else None for i, chunk in enumerate(chunks)]
-        stated = [self.scale(t, i) if thin else 1.0 for i, thin in enumerate(thins)]
-        scales = [
-            _regained(thin, chunk, n, span, dtype, self.draws, t.over) if thin and scale is None else scale or 1.0
-            for thin, chunk, scale in zip(thins, chunks, stated, strict=True)
-        ]
         weights = [fixed(w, dtype) for w in t.each["weight"]]
-        factors = [_factors(scale, weight, dtype) for scale, weight in zip(scales, weights, strict=True)]
-        own = Scratch()
+        factors = [_multiplied(self, t, i, *row, span) for i, row in enumerate(zip(chunks, thins, strict=True))]
+        own, mix = Scratch(), _agreed if self.consensus else _summed
 
         def work(a: int, b: int) -> None:
-            parts = []
-            for chunk, thin, steps in zip(chunks, thins, factors, strict=True):
-                d = chunk(a, b)
-                if thin:
-                    thin.apply(a, d)
-                for factor in steps:
-                    d.mul_(factor)
-                parts.append(d)
-            mixed = (_agreed if self.consensus else _summed)(parts, weights, self.normalize, flat[a:b], own)
+            parts = [_thinned(*row, a, b) for row in zip(chunks, thins, factors, strict=True)]
+            mixed = mix(parts, weights, self.normalize, flat[a:b], own)
             if self.lambda_ != 1:
                 mixed.mul_(self.lambda_)
             torch.add(base[a:b], mixed, out=mixed)
 
         t.over(n, work, span)
         return out
+
+
+def _multiplied(m: TaskVectors, t: Stack, i: int, chunk: Chunk, thin: Thin | None, span: int) -> list[float]:
+    """What is left of model i's change is multiplied by these, one after the other."""
+    assert t.base is not None
+    n, dtype = t.base.numel(), t.base.dtype
+    scale = m.scale(t, i) if thin else 1.0
+    if thin and scale is None:
+        scale = _regained(thin, chunk, n, span, dtype, m.draws, t.over)
+    return _factors(scale or 1.0, fixed(t.each["weight"][i], dtype), dtype)
+
+
+def _thinned(chunk: Chunk, thin: Thin | None, factors: list[float], a: int, b: int) -> Tensor:
+    """A piece of one model's change, thinned out and multiplied."""
+    d = chunk(a, b)
+    if thin:
+        thin.apply(a, d)
+    for factor in factors:
+        d.mul_(factor)
+    return d
 
 
 def _factors(scale: float, weight: float, dtype: torch.dtype) -> list[float]:
