@@ -23,6 +23,8 @@ SAMPLE = 4096
 """Most elements read from one tensor."""
 DIGITS = 24
 """Hex digits kept of each hash: 96 bits."""
+BLOCK = 4 << 20
+"""Bytes of memory in which samples lie side by side."""
 
 Same = Literal["same", "same, other dtype", "different"]
 
@@ -62,15 +64,27 @@ class Fingerprint:
         self._names: list[str] = []
         self._samples: list[torch.Tensor] = []
         self._dtypes: dict[str, int] = {}
+        self._block = torch.empty(0, dtype=torch.uint8)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Keeps a sample of the tensor, not the tensor."""
         if tensor.is_meta:
             raise LuthierError(f"{name} has no values (meta device); load the base with weights to fingerprint it")
         self._names.append(f"{name} {tuple(tensor.shape)}")
-        self._samples.append(_sample(tensor.detach()).clone())
+        self._samples.append(self._kept(_sample(tensor.detach())))
         kind = str(tensor.dtype).removeprefix("torch.")
         self._dtypes[kind] = self._dtypes.get(kind, 0) + tensor.numel()
+
+    def _kept(self, sample: torch.Tensor) -> torch.Tensor:
+        """A copy of a sample. On the CPU they share blocks: each in memory of its own would lie in a hole that a large
+        tensor left, where the next one of its size then no longer fits, and a process that streams a model would grow."""
+        if sample.device.type != "cpu":
+            return sample.clone()
+        size = -(-sample.numel() * sample.element_size() // 16) * 16
+        if len(self._block) < size:
+            self._block = torch.empty(max(BLOCK, size), dtype=torch.uint8)
+        place, self._block = self._block[:size], self._block[size:]
+        return place.view(sample.dtype)[: sample.numel()].copy_(sample)
 
     def __str__(self) -> str:
         rounded, exact = hashlib.sha256(), hashlib.sha256()
