@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
@@ -58,7 +58,7 @@ TYPES: dict[str, Any] = {
     "trainable_token_indices": list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None,
     "token_indices": list[NonNegativeInt] | None,
     "num_virtual_tokens": PositiveInt,
-    "num_transformer_submodules": PositiveInt | None,
+    "num_transformer_submodules": Literal[1, 2] | None,
     "base_model_name_or_path": str | None,
     "bias": str | None,
 }
@@ -87,6 +87,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     is not supported, is an error that names it."""
     path = folder / "adapter_config.json"
     if not path.exists():
+        if not folder.exists():
+            raise LuthierError(f"nothing at {folder}: give the folder that save_pretrained wrote")
+        if (folder / "delta.json").exists():
+            raise LuthierError(f"{folder} is a delta already: there is nothing to import")
         raise LuthierError(f"{folder} holds no adapter_config.json: give the folder that save_pretrained wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

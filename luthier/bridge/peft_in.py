@@ -46,7 +46,10 @@ def from_peft(folder: str | os.PathLike[str], base: Any = None) -> Delta:
         )
     if not tensors:
         raise LuthierError(f"{folder}/adapter_model.safetensors holds no tensor: nothing was trained or saved")
-    pieces = READERS[config["peft_type"]](folder, config, tensors, on)
+    try:
+        pieces = READERS[config["peft_type"]](folder, config, tensors, on)
+    except LuthierError as e:  # a form that refuses its settings knows of no folder
+        raise e if str(folder) in str(e) else LuthierError(f"{folder}: {e}") from e
     lineage = {
         "made_by": "from_peft",
         "peft": {k: config.get(k) for k in ("peft_type", "peft_version", "base_model_name_or_path", "revision")},

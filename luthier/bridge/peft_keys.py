@@ -32,12 +32,16 @@ def some(names: Iterable[str]) -> str:
 
 
 def checked(folder: Path, site: Site, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A site's numbers in float32; another shape, or numbers that are not finite, are an error."""
+    """A site's numbers in float32; another shape, whole numbers, and numbers that are not finite are errors."""
     if tuple(tensor.shape) != shape:
         raise LuthierError(
             f"{folder}: {site.name} {name} has shape {tuple(tensor.shape)}, this base and config ask for {shape}: "
             "another base, or a config that is not this adapter's"
         )
-    if not torch.isfinite(tensor).all():
+    if not tensor.is_floating_point():
+        raise LuthierError(
+            f"{folder}: {site.name} {name} is of type {str(tensor.dtype)[6:]}, which no training leaves: copy it again"
+        )
+    if not torch.isfinite(value := tensor.float()).all():
         raise LuthierError(f"{folder}: {site.name} {name} holds numbers that are not finite: the training broke down")
-    return tensor.float()
+    return value

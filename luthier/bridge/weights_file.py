@@ -47,12 +47,24 @@ def dtype_of(places: dict[str, Path]) -> torch.dtype:
     return DTYPES[common]
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says."""
+    try:
+        table: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if isinstance(table, dict) and all(isinstance(name, str) for name in table.values()):
+            return table
+        why = "its weight_map is no table of file names"
+    except (ValueError, KeyError, TypeError) as e:
+        why = f"no weight_map can be read from it ({type(e).__name__}: {e})"
+    raise LuthierError(f"{index} is altered: {why}: copy it again")
+
+
 def index_of(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, over the shards of a checkpoint folder; a shard that its index names must be there."""
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
     if index.exists():
-        table: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = _weight_map(index)
         lost = sorted({f for f in table.values() if not (folder / f).exists()})
         if lost:
             raise LuthierError(f"{folder} lacks {lost[0]} ({len(lost)} shards missing): copy it again")

@@ -35,10 +35,24 @@ class _Lineage(BaseModel):
     parents: list[str | None] = []
 
 
+class _Base(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    name: str | None = None
+    kind: str = "causal"
+    fingerprint: str | None = None
+    full_fingerprint: str | None = None
+    tokenizer: str | None = None
+    template: str | None = None
+    new_tokens: list[str] | None = None
+    labels: list[str] | None = None
+    dtype: str | None = None
+    revision: str | None = None
+
+
 class _Header(BaseModel):
     model_config = ConfigDict(strict=True)
     format: int
-    base: dict[str, Any]
+    base: _Base
     pieces: list[_Piece]
     lineage: _Lineage
     audit: dict[str, Any] = {}
@@ -101,6 +115,5 @@ def site_of(entry: dict[str, Any], path: Path, piece: str, key: str) -> Site:
 def _altered(path: Path, error: ValidationError, where: str = "") -> LuthierError:
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"])
-    return LuthierError(
-        f"{path}: {where}{place}: {problem['msg']}: altered or not a delta of this project; copy it again"
-    )
+    said = problem["msg"].partition(" or instance of ")[0]  # a class of ours says nothing to the reader of a file
+    return LuthierError(f"{path}: {where}{place}: {said}: altered or not a delta of this project; copy it again")

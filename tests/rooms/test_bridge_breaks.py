@@ -120,6 +120,11 @@ def test_not_finite(folder: Path) -> None:
     fails(folder, "not finite")
 
 
+def test_whole_numbers(folder: Path) -> None:
+    tensors(folder, lambda t: {k: v.int() if "lora_A" in k else v for k, v in t.items()})
+    fails(folder, "A is of type int32, which no training leaves")
+
+
 def test_empty_shards(folder: Path) -> None:
     tensors(folder, lambda t: {k: v[:0] if "lora_A" in k else v for k, v in t.items()})
     fails(folder, "empty shards", "ZeRO-3")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from luthier.bridge.weights_file import index_of
 from luthier.cli import main
 from luthier.data.prepare import prepare
 from luthier.errors import LuthierError
@@ -500,6 +501,74 @@ def test_broken_adapters(what: str, here: Path, capsys: Any) -> None:
     }
     assert told.get(what, "copy it again") in said
     refused(here, capsys, "generate", "base", "-p", "x", "-d", "adapter")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("peft_type", 3, "peft_type 3 has no form here"),
+        ("r", "two", "'r' is 'two'"),
+        ("r", None, "'r' is 'None'"),
+        ("r", 0, "'r' is '0'"),
+        ("lora_alpha", "x", "'lora_alpha' is 'x'"),
+        ("lora_alpha", 0, "adapter: form 'lora': alpha must not be 0"),
+        ("lora_dropout", 7, "dropout must lie in [0, 1)"),
+        ("target_modules", 3, "'target_modules' is '3'"),
+        ("target_modules", "(*", "'(*', which is no regular expression"),
+        ("rank_pattern", {"(*": 3}, "'(*', which is no regular expression"),
+        ("rank_pattern", [1], "'rank_pattern' is '[1]'"),
+        ("modules_to_save", [3], "'modules_to_save' is '[3]'"),
+        ("layers_to_transform", "x", "'layers_to_transform' is 'x'"),
+        ("target_parameters", "q_proj.weight", "'target_parameters' is 'q_proj.weight'"),
+        ("trainable_token_indices", [-1], "'trainable_token_indices' is '[-1]'"),
+        ("base_model_name_or_path", 3, "'base_model_name_or_path' is '3'"),
+    ],
+)
+def test_settings_that_no_adapter_can_have(field: str, value: Any, said: str, here: Path, capsys: Any) -> None:
+    folder = here / "adapter"
+    folder.mkdir()
+    known = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(known | {field: value}))
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.zeros(shape)
+        for layer in range(2)
+        for side, shape in (("A", (2, 32)), ("B", (32, 2)))
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert said in refused(here, capsys, "import", "adapter", "-o", "new", "--base", "base")
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("nowhere", "nothing at nowhere"),
+        ("delta", "delta is a delta already"),
+        ("base", "base holds no adapter_config.json"),
+        ("good.jsonl", "good.jsonl holds no adapter_config.json"),
+    ],
+)
+def test_what_is_no_adapter(folder: str, said: str, here: Path, capsys: Any) -> None:
+    assert said in refused(here, capsys, "import", folder, "-o", "new")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("name", 3), ("fingerprint", 3), ("kind", None), ("new_tokens", 3), ("labels", [3])]
+)
+def test_a_delta_that_says_odd_things_of_its_base(field: str, value: Any, here: Path, capsys: Any) -> None:
+    path = here / "delta" / "delta.json"
+    header = json.loads(path.read_text())
+    header["base"][field] = value
+    path.write_text(json.dumps(header))
+    for command in (("inspect", "delta"), ("verify", "delta"), ("export", "delta", "--to", "peft", "-o", "new")):
+        assert f"delta.json: base.{field}" in refused(here, capsys, *command)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_broken_index_of_a_merged_checkpoint_is_told(index: str, here: Path) -> None:
+    (here / "base" / "model.safetensors").rename(here / "weights.safetensors")
+    (here / "base" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(LuthierError, match=r"model.safetensors.index.json is altered: .*copy it again"):
+        index_of(here / "base")
 
 
 @pytest.mark.parametrize(
