@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.algebra.driver import Job, measure, run, told
+from luthier.algebra.driver import Job, by_layer, measure, run, told
 from luthier.algebra.jobs import Method, make_jobs, replaced
 from luthier.algebra.layout import Layout, lay_out
+from luthier.algebra.maker import Maker
 from luthier.algebra.sources import Source, Tuned
 from luthier.algebra.stacking import lora_piece, stack, why_not
 from luthier.bridge.target import Target
-from luthier.delta import FORMS, Merge, Site, Stack
-from luthier.delta.artefact import Delta, Piece
+from luthier.delta import Merge, Site, Stack
+from luthier.delta.artefact import Delta
+from luthier.delta.stream import TensorStream
 from luthier.errors import LuthierError
 from luthier.forms.lora import LoRA
-from luthier.parts.bits import encode
 from luthier.plan.merge import MergePlan
 
 SUMS = ("linear", "task_arithmetic")
@@ -26,12 +27,17 @@ SUMS = ("linear", "task_arithmetic")
 
 
 class DeltaMerge:
-    """A merge of deltas on one base, made ready; `make` gives the merged delta, for any settings of the models."""
+    """A merge of deltas on one base, made ready; `make` gives the merged delta, for any settings of the models.
+
+    Tensors are read, merged and written one after the other: neither the base nor a delta is held whole, but for the
+    factors of LoRA.
+    """
 
     def __init__(
         self, plan: MergePlan, method: Method, sources: Sequence[Source], deltas: Sequence[Delta], on: Target
     ) -> None:
-        """sources: the base and the tuned models, in the order of the plan's refs(). on: the base in memory, float32."""
+        """sources: the base and the tuned models, in the order of the plan's refs(). deltas: those of the plan's models, of
+        which the numbers of LoRA pieces alone are needed. on: the base's names and shapes, with or without values."""
         self.plan, self.method, self.sources, self.deltas, self.on = plan, method, sources, list(deltas), on
         layout = lay_out(plan, sources, method.cls.base != "unused")
         moved = {n for s in sources if isinstance(s, Tuned) for n in s.touched()}
@@ -42,36 +48,43 @@ class DeltaMerge:
             job.written = kind
         self.jobs = jobs
         self.said: list[str] = []
+        self.layers: dict[str, dict[str, float]] = {}
+        """What the merge says of each layer (Model Stock's t): name -> layer -> mean over its tensors."""
+
+    def names(self) -> list[str]:
+        """What the tensors of the result may be called, for the stream that they go to."""
+        keys = dict.fromkeys(key for d in self.deltas for piece in d.pieces for key in piece.sites)
+        return Maker.names([j.item.name for j in self.jobs], keys)
 
     def make(
         self,
         each: Mapping[str, Sequence[float]] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
         empty: bool = False,
+        stream: TensorStream | None = None,
     ) -> Delta:
-        """The merged delta, unproved. each: settings of the models that a search asks for. empty: whether it may be the
-        base itself, a delta without pieces; else that is an error."""
+        """The merged delta with its seals. each: settings of the models that a search asks for. empty: whether it may be the
+        base itself, a delta without pieces; else that is an error. stream: where its numbers go as they are made; then its
+        pieces hold none."""
+        maker, self.said = Maker(stream), []
         jobs = replaced(self.jobs, each) if each else self.jobs
         if self.method.cls.factors:
-            delta = self._factors(jobs, progress)
+            self._factors(jobs, maker, progress)
         elif (weights := self._weights(jobs)) is not None and why_not(self.deltas) is None:
-            delta = stack(self.deltas, weights, rank=self.plan.rank, name="merged")
+            maker.whole(stack(self.deltas, weights, rank=self.plan.rank, name="merged").pieces[0])
         elif weights is not None and self.plan.rank is not None and self._apart():
-            delta = self._trimmed(jobs, weights, progress)
+            self._trimmed(jobs, maker, weights, progress)
         elif self.plan.rank is not None:
             raise LuthierError(
                 f"rank: {self._why()}, so that the result is of full rank: leave rank out, and 'luthier compress' the result"
             )
         else:
-            delta = Delta(self._dense(jobs, progress))
-            if not delta.pieces and not empty:
-                raise LuthierError("the merge equals the base: its weights or densities are all 0; state others")
-        delta.base = dict(self.deltas[0].base)
-        delta.lineage = {
-            "made_by": f"merge {self.plan.method}",
-            "parents": [d.lineage.get("id") for d in self.deltas],
-        }
-        return delta
+            self._exact(jobs, maker, progress)
+        pieces = maker.pieces()
+        if not pieces and not empty:
+            raise LuthierError("the merge equals the base: its weights or densities are all 0; state others")
+        lineage = {"made_by": f"merge {self.plan.method}", "parents": [d.lineage.get("id") for d in self.deltas]}
+        return Delta(pieces, dict(self.deltas[0].base), lineage, seals=maker.seals)
 
     def _why(self) -> str:
         return why_not(self.deltas) or f"{self.method.name} is no weighted sum of the changes here"
@@ -109,20 +122,23 @@ class DeltaMerge:
         )
 
     def _trimmed(
-        self, jobs: Sequence[Job], weights: Callable[[int, Site], float], progress: Callable[[int, int], None]
-    ) -> Delta:
+        self,
+        jobs: Sequence[Job],
+        maker: Maker,
+        weights: Callable[[int, Site], float],
+        progress: Callable[[int, int], None],
+    ) -> None:
         """A sum whose LoRA is trimmed to the plan's rank; what the deltas hold exactly is merged as without a rank."""
         own = [Delta([p for p in d.pieces if type(p.form) is LoRA], dict(d.base)) for d in self.deltas]
         summed = stack(own, weights, rank=self.plan.rank, name="merged")
         factored = {f"{s.name}.{s.parameter}" for p in summed.pieces for s in p.sites.values()}
-        exact = self._dense([j for j in jobs if j.item.name not in factored], progress, "kept")
-        count = sum(len(p.sites) for p in exact)
+        maker.whole(summed.pieces[0])
+        count = self._exact([j for j in jobs if j.item.name not in factored], maker, progress)
         self.said.append(
             f"rank {self.plan.rank} trims the LoRA alone; {count} tensors that are held exactly stay whole"
         )
-        return Delta([*summed.pieces, *exact])
 
-    def _factors(self, jobs: Sequence[Job], progress: Callable[[int, int], None]) -> Delta:
+    def _factors(self, jobs: Sequence[Job], maker: Maker, progress: Callable[[int, int], None]) -> None:
         """A merge of factors at sites that deltas carry as LoRA, all of them; elsewhere the merge of the tensors."""
         pieces = [p for d in self.deltas for p in d.pieces]
         found = {k: s for p in pieces if type(p.form) is LoRA for k, s in p.sites.items()}
@@ -157,17 +173,31 @@ class DeltaMerge:
                 pairs, Stack(item.name, [], None, job.each, item.role, item.layer, item.layers)
             )
             sites[key], numbers[key] = site, {"A": a.contiguous(), "B": b.contiguous()}
-        rest = [j for j in jobs if j.item.name not in factored]
-        dense = self._dense(rest, progress, "averaged") if rest else []
-        return Delta([lora_piece("merged", sites, numbers), *dense])
+        maker.whole(lora_piece("merged", sites, numbers))
+        if rest := [j for j in jobs if j.item.name not in factored]:
+            self._exact(rest, maker, progress)
 
-    def _dense(self, jobs: Sequence[Job], progress: Callable[[int, int], None], label: str = "merged") -> list[Piece]:
-        """Exact differences of the merged tensors from the base's, a piece for each type; none where there is none."""
-        pieces: dict[str, list[Tensor]] = {}
-        noted: list[dict[str, float]] = []
+    def _exact(self, jobs: Sequence[Job], maker: Maker, progress: Callable[[int, int], None]) -> int:
+        """Exact differences of the merged tensors from the base's, each as soon as it is made; gives how many there are."""
+        by_name = {j.item.name: j for j in jobs}
+        noted: dict[str, dict[str, float]] = {}
+        parts: list[Tensor] = []
+        base, made = self.sources[0], 0
 
         def keep(name: str, tensor: Tensor) -> None:
-            pieces.setdefault(name, []).append(tensor.reshape(-1).clone())
+            nonlocal made
+            job, whole = by_name[name], tensor
+            if tensor.numel() < job.size:  # a piece of it, whose memory is used again
+                parts.append(tensor.reshape(-1).clone())
+                if sum(len(p) for p in parts) < job.size:
+                    return
+                whole = torch.cat(parts)
+                parts.clear()
+            origin = job.item.inputs[0] if job.item.sources[0] == 0 else name
+            before = base.read(origin if origin in base else name)
+            site = self.on.site(name)
+            module = self.on.model.get_submodule(site.name)
+            made += bool(maker.exact(name, site, whole.reshape(job.shape), before, module))
 
         run(
             jobs,
@@ -178,22 +208,6 @@ class DeltaMerge:
             progress=progress,
             notes=noted,
         )
-        self.said = told(noted)
-        base = self.sources[0]
-        made: dict[str, Piece] = {}
-        for job in jobs:
-            name = job.item.name
-            origin = job.item.inputs[0] if job.item.sources[0] == 0 else name
-            before = base.read(origin if origin in base else name)
-            merged = torch.cat(pieces.pop(name)).view(job.shape)
-            bits = encode(merged, before)
-            if not bool(bits.any()):
-                continue
-            kind = str(job.written).removeprefix("torch.")
-            piece = made.get(kind)
-            if piece is None:
-                form = FORMS.make("dense", {"dtype": kind})
-                piece = made[kind] = Piece(label if not made else f"{label}-{kind}", form, {}, {}, {})
-            piece.sites[name] = self.on.site(name)
-            piece.p[name], piece.fixed[name] = {"bits": bits}, {}
-        return list(made.values())
+        self.said += told(noted)
+        self.layers = by_layer(noted, jobs)
+        return made

@@ -20,7 +20,7 @@ from luthier.delta import Stack
 from luthier.errors import LuthierError
 from luthier.parts.spread import SPAN, alone, spans
 
-__all__ = ["Job", "measure", "run", "told"]
+__all__ = ["Job", "by_layer", "measure", "run", "told"]
 
 MOST_WORKERS = 4
 """Threads that merge; each holds a tensor of every model."""
@@ -100,12 +100,12 @@ def run(
     measured: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     ahead: int | None = None,
-    notes: list[dict[str, float]] | None = None,
+    notes: dict[str, dict[str, float]] | None = None,
 ) -> None:
     """Merges the jobs in order; `write(name, tensor)` is called in the same order, from another thread, for whole tensors
     or for consecutive flat pieces of one. The tensor is `write`'s until it returns; its memory is used again.
 
-    measured: what the jobs' `measure` said. notes: what the merges say of each tensor is added there. ahead: most bytes
+    measured: what the jobs' `measure` said. notes: what the merges say of each tensor is put there by its name. ahead: most bytes
     read ahead; default by what the process may still have. A tensor whose inputs are more than that is merged by all
     cores together. Errors of any thread are raised here, and no further tensor is written.
     """
@@ -114,7 +114,7 @@ def run(
     crew = Crew(min(threads, MOST_WORKERS))
     reader = Reader(jobs, sources, ahead, crew.over)
     writer = _Writer(write, reader.pool, ahead // 2)
-    team = _Team(reader, writer, crew, seed, measured or {}, progress, notes if notes is not None else [])
+    team = _Team(reader, writer, crew, seed, measured or {}, progress, {} if notes is None else notes)
     workers = [threading.Thread(target=team.work, daemon=True) for _ in range(crew.threads)]
     reader.start()
     writer.start()
@@ -154,7 +154,7 @@ class _Team:
         seed: int,
         measured: Mapping[str, Any],
         progress: Callable[[int, int], None],
-        notes: list[dict[str, float]],
+        notes: dict[str, dict[str, float]],
     ) -> None:
         self.reader, self.writer, self.crew, self.seed, self.measured = reader, writer, crew, seed, measured
         self.progress, self.notes = progress, notes
@@ -207,7 +207,7 @@ class _Team:
             self.writer.put(load.job.item.name, out, keep)
             if load.first:
                 self._done += 1
-                self.notes += [said] if said else []
+                self.notes |= {load.job.item.name: said} if said else {}
                 self.progress(self._done, len(self.reader.jobs))
             self._next += 1
             self._turn.notify_all()
@@ -241,10 +241,20 @@ def measure(
     return noted
 
 
-def told(noted: Sequence[Mapping[str, float]]) -> list[str]:
+def by_layer(noted: Mapping[str, Mapping[str, float]], jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+    """What merges said of tensors: its name -> layer's number, or role outside the layers -> the mean over its tensors."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for item in (j.item for j in jobs if j.item.name in noted):
+        layer = item.role or item.name if item.layer is None else str(item.layer)
+        for key, value in noted[item.name].items():
+            table.setdefault(key, {}).setdefault(layer, []).append(value)
+    return {key: {layer: sum(v) / len(v) for layer, v in rows.items()} for key, rows in table.items()}
+
+
+def told(noted: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What merges said of tensors, as lines: '12 of 27 tensors' for what is so or not so, mean and range for numbers."""
     table: dict[str, list[float]] = {}
-    for row in noted:
+    for row in noted.values():
         for key, value in row.items():
             table.setdefault(key, []).append(value)
     lines = []

@@ -116,8 +116,11 @@ def write_beside(
     config: Mapping[str, Any],
     tokens: Any,
     notes: Sequence[str],
+    found: Mapping[str, Sequence[float]] | None = None,
+    layers: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Everything of a checkpoint folder but the weights."""
+    """Everything of a checkpoint folder but the weights. found: what a search found for the models. layers: what the merge
+    says of each layer."""
     donor = sources[0]
     (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name in BESIDE + (TOKENIZER if tokens is None else ()):
@@ -131,6 +134,8 @@ def write_beside(
         _template(new, plan.chat_template, sources)
     written = plan_of(plan)
     (new / "merge.yaml").write_text(written, encoding="utf-8")
+    told = {"method": plan.method, "notes": list(notes), "found": found or {}, "layers": layers or {}}
+    (new / "merge.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (new / "README.md").write_text(_card(plan, written, notes), encoding="utf-8")
 
 
@@ -209,6 +214,8 @@ def vocabulary_of(file: Path) -> dict[str, int]:
     if isinstance(vocabulary, list):  # unigram: rows of (token, score)
         vocabulary = {str(row[0]): i for i, row in enumerate(vocabulary)}
     added = {str(row["content"]): int(row["id"]) for row in table.get("added_tokens") or []}
+    if not vocabulary and not added:
+        raise LuthierError(f"{file} holds no vocabulary: copy the tokenizer again")
     return {str(k): int(v) for k, v in vocabulary.items()} | added
 
 

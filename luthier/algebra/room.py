@@ -13,12 +13,7 @@ SHARE = 6
 
 def room() -> int:
     """Bytes to read ahead: a share of what memory, limits of the process and its control group leave, within bounds."""
-    left = [_available()]
-    used = _status()
-    for limit, now in ((resource.RLIMIT_AS, used.get("VmSize", 0)), (resource.RLIMIT_DATA, used.get("VmData", 0))):
-        soft = resource.getrlimit(limit)[0]
-        if soft != resource.RLIM_INFINITY:
-            left.append(soft - now)
+    left = [_available(), *within_limits()]
     for most, now in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -30,6 +25,14 @@ def room() -> int:
         except (OSError, ValueError):
             continue
     return max(LEAST_AHEAD, min(MOST_AHEAD, min(left) // SHARE))
+
+
+def within_limits() -> list[int]:
+    """Bytes that each limit set on the process leaves it; none where there is no limit."""
+    used = _status()
+    pairs = ((resource.RLIMIT_AS, used.get("VmSize", 0)), (resource.RLIMIT_DATA, used.get("VmData", 0)))
+    rows = [(resource.getrlimit(limit)[0], now) for limit, now in pairs]
+    return [max(0, soft - now) for soft, now in rows if soft != resource.RLIM_INFINITY]
 
 
 def _available() -> int:

@@ -14,9 +14,10 @@ from luthier.algebra.checkpoints import Checkpoint, Source, mark_of
 from luthier.algebra.pieces import Touch, put_on
 from luthier.algebra.tensors import Files, Place, read_places
 from luthier.delta import FORMS, Form, No, Site
-from luthier.delta.artefact import Delta
+from luthier.delta.artefact import Delta, Piece, check_files
 from luthier.delta.header import read_header, site_of
 from luthier.errors import LuthierError
+from luthier.forms.lora import LoRA
 from luthier.plan.schema import BaseSpec
 
 ADAPTER = "adapter_config.json"
@@ -51,22 +52,37 @@ class Tuned(Source):
         if (folder / ADAPTER).exists() and not (folder / "delta.json").exists():
             self._memory = _from_peft(folder, base)
             self.card: dict[str, Any] = dict(self._memory.base)
-            rows = [(p.name, p.form, p.scale, p.sites) for p in self._memory.pieces]
+            self._rows = [(p.name, p.form, p.scale, p.sites) for p in self._memory.pieces]
         else:
             header = read_header(folder)
-            self.card = header["base"]
+            self.card, self._lineage = header["base"], header["lineage"]
             self._numbers = read_places(folder / "delta.safetensors")
-            rows = [_piece(folder, entry) for entry in header["pieces"]]
+            self._files_along = check_files(folder, header)
+            self._rows = [_piece(folder, entry) for entry in header["pieces"]]
         if self.card.get("new_tokens"):
             raise LuthierError(f"{self.name} brings new tokens, so that its embedding grows: 'luthier export' it to a "
                                "checkpoint and name that")  # fmt: skip
         self._touches: dict[str, list[_Touch]] = {}
-        for piece, form, scale, sites in rows:
+        for piece, form, scale, sites in self._rows:
             if isinstance(form.dense, No):
                 raise LuthierError(f"{self.name}: piece '{piece}' has no weight change: {form.dense.reason}")
             for key, site in sites.items():
                 own = key if form.at == "base" else f"{site.name}.{site.parameter}"
                 self._touch(_Touch(piece, form, scale, key, site), own)
+
+    def delta(self) -> Delta:
+        """The delta with the numbers of its LoRA alone: those of other forms stay on disk."""
+        if self._memory is not None:
+            return self._memory
+        pieces = []
+        for name, form, scale, sites in self._rows:
+            low = type(form) is LoRA
+            found = {
+                k: self._read_numbers(_Touch(name, form, scale, k, s)) if low else ({}, {}) for k, s in sites.items()
+            }
+            p, fixed = ({k: both[i] for k, both in found.items()} for i in (0, 1))
+            pieces.append(Piece(name, form, sites, p, fixed, scale))
+        return Delta(pieces, dict(self.card), dict(self._lineage), files=dict(self._files_along))
 
     def _touch(self, touch: _Touch, parameter: str) -> None:
         tied = self.base.tied and parameter not in self.base.places

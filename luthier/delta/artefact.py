@@ -30,7 +30,7 @@ from luthier.errors import LuthierError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FORMAT", "Delta", "Piece", "digest", "read_header", "supply_attacher"]
+__all__ = ["FORMAT", "Delta", "Piece", "check_files", "digest", "read_header", "supply_attacher"]
 
 
 @dataclass
@@ -258,12 +258,7 @@ class Delta:
         folder = Path(folder)
         header = read_header(folder)
         path = folder / "delta.safetensors"
-        if not path.exists():
-            raise LuthierError(f"{path} is missing: the delta folder is incomplete; copy it again")
-        if header.get("digest") != _file_digest(path):
-            raise LuthierError(
-                f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again"
-            )
+        _is_whole(path, header.get("digest"))
         tables: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {}
         try:
             with safe_open(path, "pt") as f:
@@ -336,6 +331,22 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return h.hexdigest()[:16]
 
 
+def check_files(folder: Path, header: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files that travel along with a delta, after a look at all that delta.json speaks of, without the numbers in
+    memory: a file that is missing, truncated or altered is a LuthierError."""
+    _is_whole(folder / "delta.safetensors", header.get("digest"))
+    if header.get("probes_digest") is not None:
+        _is_whole(folder / "probes.safetensors", header["probes_digest"])
+    return {name: _along(folder, name, stated) for name, stated in header.get("files", {}).items()}
+
+
+def _is_whole(path: Path, stated: str | None) -> None:
+    if not path.exists():
+        raise LuthierError(f"{path} is missing: the delta folder is incomplete; copy it again")
+    if stated != _file_digest(path):
+        raise LuthierError(f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again")
+
+
 def _file_digest(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -355,13 +366,9 @@ def _probes(folder: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
     stated = header.get("probes_digest")
     if stated is None and ("probes_digest" in header or not path.exists()):
         return {}
-    if not path.exists():
-        raise LuthierError(f"{path} is missing: the delta folder is incomplete; copy it again")
+    if stated is not None:
+        _is_whole(path, stated)
     try:
-        if stated is not None and _file_digest(path) != stated:
-            raise LuthierError(
-                f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again"
-            )
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError, OSError) as e:

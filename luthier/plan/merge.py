@@ -299,7 +299,7 @@ def _value(setting: Any, at: Where, key: str) -> Any:
     if not isinstance(setting, list):
         return setting
     if not setting:
-        return None
+        raise LuthierError(f"{key}: an empty list: give a number or a gradient, or leave {key} out")
     if any(isinstance(e, Mapping) for e in setting):
         for row in setting:
             if not isinstance(row, Mapping) or "value" not in row:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from luthier.algebra.diff import Diff, Extraction
 from luthier.algebra.diff import diff as take
-from luthier.bases.hardware import total_memory
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
+from luthier.verbs.probes import add_probes
 
 __all__ = ["Diff", "diff"]
-SHARE = 0.5
-"""Of the machine's memory, what the models may take for probes to be recorded."""
 
 
 def diff(
@@ -48,36 +44,6 @@ def diff(
     one, two = Checkpoint(base), Checkpoint(tuned)
     found = take(one, two, out, how)
     if probes:
-        _probe(found, one, Path(out))
+        found.delta.probes, notes = add_probes(out, one.name, sum(math.prod(one.shapes[n]) for n in one.names))
+        found.notes += notes
     return found
-
-
-def _probe(found: Diff, base: Checkpoint, out: Path) -> None:
-    """Adds probes to the delta in the folder, or a note why there are none."""
-    numbers = sum(math.prod(base.shapes[n]) for n in base.names)
-    need, there = 12 * numbers, total_memory("cpu")  # the base in float32, what is edited, and the delta
-    if need > SHARE * there:
-        found.notes.append(f"no probes: they need about {need / 1e9:.0f} GB of memory, there are {there / 1e9:.0f}")
-        return
-    from luthier.bridge.proof import prove
-    from luthier.delta.artefact import Delta
-    from luthier.verbs.load import load_base_for
-
-    delta = Delta.load(out)
-    seals, card = delta.seals, dict(delta.base)
-    try:
-        prove(delta, load_base_for(base.name, [delta], {}, None))
-    except LuthierError as e:
-        found.notes.append(f"no probes: {e}")
-        return
-    delta.seals, delta.base = seals, card
-    link = out.with_name(f".{out.name}-{os.getpid()}.safetensors")
-    try:
-        try:
-            os.link(out / "delta.safetensors", link)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(out / "delta.safetensors", link)
-        delta.save(out, numbers=link)
-    finally:
-        link.unlink(missing_ok=True)
-    found.delta.probes = delta.probes

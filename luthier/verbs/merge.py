@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.algebra.driver import Job, measure, run, told
+from luthier.algebra.driver import Job, by_layer, measure, run, told
 from luthier.algebra.jobs import Method, make_jobs, replaced
 from luthier.algebra.layout import Layout, lay_out
 from luthier.algebra.outcome import config_of, same_tokens, template_of, write_beside
-from luthier.algebra.sources import ADAPTER, Source, is_delta, open_source
+from luthier.algebra.sources import ADAPTER, Source, Tuned, is_delta, open_source
 from luthier.algebra.writer import ShardedFile, Spec, new_folder
 from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
@@ -40,6 +40,8 @@ class Merged:
     notes: list[str] = field(default_factory=list)
     each: dict[str, list[float]] = field(default_factory=dict)
     """What a search found for the models."""
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the merge says of each layer, as Model Stock of its t: name -> layer -> mean over its tensors."""
 
 
 def merge(
@@ -54,8 +56,8 @@ def merge(
 
     plan: a YAML file or its content; mergekit's files are read as they are. What is written is a checkpoint, or a delta
     where every model is a delta on the same base (`output` says otherwise). overrides: 'density=0.5'. sync: return only
-    when the disk holds the weights. A checkpoint takes the memory of one tensor of every model, whatever their size; a delta
-    that of its base and itself. progress: called with (tensors done, of).
+    when the disk holds the weights. Memory is that of one tensor of every model, whatever their size; a delta's probes need
+    its base whole, and are left out with a note where it does not fit. progress: called with (tensors done, of).
     Errors: LuthierError for models that do not fit each other, NaN in one of them, parameters that the method lacks …
     """
     began = time.perf_counter()
@@ -109,7 +111,13 @@ def _as_delta(plan: MergePlan) -> bool:
         )
     if plan.rank is not None and (not deltas or plan.output == "checkpoint"):
         raise LuthierError("rank trims a merge of low-rank deltas to a delta: leave it out here")
-    return plan.output != "checkpoint" and deltas and not plan.field_file
+    as_delta = plan.output != "checkpoint" and deltas and not plan.field_file
+    for key in ("tokenizer", "chat_template", "shard"):
+        if as_delta and key in plan.model_fields_set and getattr(plan, key) is not None:
+            raise LuthierError(
+                f"{key} is a checkpoint's, and deltas are merged to a delta: leave it out, or state output=checkpoint"
+            )
+    return as_delta
 
 
 # -- to a checkpoint
@@ -119,6 +127,7 @@ def _checkpoint(
     plan: MergePlan, method: Method, sources: list[Source], out: Path, began: float, sync: bool, progress: Shown
 ) -> Merged:
     _alike(sources)
+    bytes_of(plan.shard)
     layout = lay_out(plan, sources, plan.field_file or method.cls.base != "unused")
     tokens = _tokens(plan, sources)
     if tokens is None:
@@ -132,9 +141,9 @@ def _checkpoint(
             plan, method, jobs, lambda tried: _tried(plan, sources, layout, tokens, replaced(jobs, tried), out)
         )
         jobs = replaced(jobs, each)
-    _write(plan, sources, layout, tokens, jobs, notes, out, sync, progress)
+    layers = _write(plan, sources, layout, tokens, jobs, notes, out, sync, progress, each)
     numbers = sum(j.size for j in jobs)
-    return Merged(out, "checkpoint", plan.method, len(jobs), numbers, time.perf_counter() - began, notes, each)
+    return Merged(out, "checkpoint", plan.method, len(jobs), numbers, time.perf_counter() - began, notes, each, layers)
 
 
 def _write(
@@ -147,12 +156,13 @@ def _write(
     out: Path,
     sync: bool,
     progress: Shown = lambda done, of: None,
-) -> None:
+    each: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, dict[str, float]]:
     with new_folder(out, sync) as new:
         file = ShardedFile(new, [Spec(j.item.name, j.written, j.shape) for j in jobs], bytes_of(plan.shard), sync)
         by_name = {j.item.name: j for j in jobs}
         ordered = [by_name[name] for name in file.order]
-        said: list[dict[str, float]] = []
+        said: dict[str, dict[str, float]] = {}
         try:
             looked = measure(ordered, sources, seed=plan.seed)
             run(ordered, sources, file.write, seed=plan.seed, measured=looked, progress=progress, notes=said)
@@ -161,7 +171,9 @@ def _write(
             file.abandon()
         notes += told(said)
         config = config_of(plan, sources, layout, _common(jobs), None if tokens is None else tokens.vocab_size)
-        write_beside(new, plan, sources, config, tokens, notes)
+        layers = by_layer(said, jobs)
+        write_beside(new, plan, sources, config, tokens, notes, each, layers)
+    return layers
 
 
 def _by_units(plan: MergePlan, out: Path, began: float, sync: bool, progress: Shown) -> Merged:
@@ -238,12 +250,10 @@ def _common(jobs: Sequence[Job]) -> Any:
 
 def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: Shown) -> Merged:
     from luthier.algebra.delta_merge import DeltaMerge
-    from luthier.bridge.peft_in import from_peft
-    from luthier.bridge.proof import prove
-    from luthier.delta.artefact import Delta
-    from luthier.verbs.load import load_base_for
+    from luthier.algebra.maker import streamed
+    from luthier.verbs.load import TEMPLATE, load_base_for
+    from luthier.verbs.probes import add_probes
 
-    folders = [Path(m.model.path).expanduser() for m in plan.models or []]
     named = str(plan.base)
     if plan.base is not None and is_delta(plan.base.path):
         raise LuthierError(
@@ -252,9 +262,9 @@ def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: 
         )
     with _opened(plan) as sources:
         _alike(sources)
-        own = [Delta.load(f) if kind_of(f) == "delta" else None for f in folders]
-        on = load_base_for(named, [d for d in own if d is not None], {}, None)
-        deltas = [d if d is not None else from_peft(f, on) for d, f in zip(own, folders, strict=True)]
+        by_ref = dict(zip(plan.refs(), sources, strict=True))
+        deltas = [s.delta() for m in plan.models or [] if isinstance(s := by_ref[m.model], Tuned)]
+        on = load_base_for(named, deltas, {}, None, weights=method.cls.searches)
         ready = DeltaMerge(plan, method, sources, deltas, on)
         each: dict[str, list[float]] = {}
         if method.cls.searches:
@@ -265,24 +275,24 @@ def _deltas(plan: MergePlan, method: Method, out: Path, began: float, progress: 
                 ready.jobs,
                 lambda tried: _attached_score(ready.make(tried, empty=True), on, spec, plan, deltas),
             )
-        delta = prove(ready.make(each or None, progress), on)
-    delta.lineage |= {
-        "parents": [str(f) for f in folders],
-        "merge": plan.model_dump(mode="json", exclude_defaults=True),
-    }
-    if each:
-        delta.lineage["found"] = each
-    delta.save(out)
-    notes = ready.notes + ready.said
+        with streamed(out, ready.names()) as stream:
+            delta = ready.make(each or None, progress, stream=stream)
+            on.fingerprint = delta.base["fingerprint"]
+            delta.base = on.card() | {k: v for k, v in delta.base.items() if v}
+            delta.files = {k: v for k, v in deltas[0].files.items() if k == TEMPLATE}
+            delta.lineage |= {
+                "parents": [m.model.path for m in plan.models or []],
+                "merge": plan.model_dump(mode="json", exclude_defaults=True),
+            }
+            delta.lineage |= {k: v for k, v in (("found", each), ("layers", ready.layers)) if v}
+            delta.save(out, numbers=stream.close())
+    numbers = sum(p.numel() for p in on.model.parameters())
+    if len({d.base.get("template") for d in deltas if d.base.get("template")}) > 1:
+        ready.notes.append("the deltas were tuned with different chat templates: the first one's is kept")
+    notes = ready.notes + ready.said + add_probes(out, on if method.cls.searches else named, numbers)[1]
+    tensors = sum(len(p.sites) for p in delta.pieces)
     return Merged(
-        out,
-        "delta",
-        plan.method,
-        sum(len(p.sites) for p in delta.pieces),
-        delta.count(),
-        time.perf_counter() - began,
-        notes,
-        each,
+        out, "delta", plan.method, tensors, delta.count(), time.perf_counter() - began, notes, each, ready.layers
     )
 
 
@@ -390,6 +400,9 @@ def bytes_of(text: str) -> int:
     digits = text.strip().upper()
     unit = next((u for u in sorted(UNITS, key=len, reverse=True) if digits.endswith(u)), "")
     try:
-        return max(1, int(float(digits.removesuffix(unit)) * UNITS.get(unit, 1)))
-    except ValueError as e:
+        size = int(float(digits.removesuffix(unit)) * UNITS.get(unit, 1))
+    except (ValueError, OverflowError) as e:
         raise LuthierError(f"shard: '{text}' is no size: write it as 5GB or 500MB") from e
+    if size < 1:
+        raise LuthierError(f"shard: '{text}' is less than a byte: write it as 5GB or 500MB")
+    return size

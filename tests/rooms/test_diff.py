@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from luthier.algebra import diff as differ
+from luthier.algebra import maker
 from luthier.bases.fingerprint import full_fingerprint
 from luthier.bases.load import quiet as silent
 from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.proof import prove
+from luthier.cli import main
 from luthier.cli.app import app
 from luthier.delta.artefact import Delta
 from luthier.delta.seals import project, project_rows
@@ -429,9 +431,12 @@ def other_words(folder: str) -> None:
     file.write_text(json.dumps(table))
 
 
-def cut(folder: str) -> None:
-    file = Path(folder) / "model.safetensors"
+def cut_file(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def cut(folder: str) -> None:
+    cut_file(Path(folder) / "model.safetensors")
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -502,6 +507,28 @@ def test_the_command(tmp_path: Path) -> None:
     assert (tmp_path / "d" / "delta.json").exists()
 
 
+def test_what_verify_exits_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0 where all holds, 1 where a check of a delta says no (a file that is cut among them), 2 where there is none to check."""
+    base, tuned, _ = pair(tmp_path, everything)
+    diff(base, tuned, out=tmp_path / "d")
+
+    def code(folder: Path) -> int | None:
+        with pytest.raises(SystemExit) as left:
+            main(["verify", str(folder)])
+        return left.value.code  # pyright: ignore[reportReturnType]
+
+    assert code(tmp_path / "d") == 0
+    for name in ("delta.safetensors", "probes.safetensors"):
+        short = Path(shutil.copytree(tmp_path / "d", tmp_path / name.split(".")[0]))
+        cut_file(short / name)
+        capsys.readouterr()
+        assert code(short) == 1
+        said = capsys.readouterr()
+        assert f"{name} is truncated or altered" in said.out + said.err
+    (tmp_path / "d" / "delta.json").write_text("{")
+    assert code(tmp_path / "d") == code(tmp_path / "nowhere") == code(Path(__file__)) == 2
+
+
 def test_a_stream_is_a_safetensors_file(tmp_path: Path) -> None:
     """Types of several widths, in any order, without their number being known; every tensor aligned."""
     wanted = {
@@ -542,16 +569,16 @@ def test_no_wide_copy_of_a_large_tensor_is_made(tmp_path: Path, monkeypatch: pyt
     """In pieces the delta is what it is in one: numbers, seals and what was found."""
     base, tuned, _ = pair(tmp_path, everything, dtype=torch.bfloat16)
     diff(base, tuned, out=tmp_path / "whole", probes=False)
-    monkeypatch.setattr(differ, "PIECE", 100)
+    monkeypatch.setattr(maker, "PIECE", 100)
     most = 0
 
     def change(now: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
         nonlocal most
         most = max(most, now.numel())
-        return _change(now, was)
+        return difference(now, was)
 
-    _change = differ._change
-    monkeypatch.setattr(differ, "_change", change)
+    difference = maker.difference
+    monkeypatch.setattr(maker, "difference", change)
     diff(base, tuned, out=tmp_path / "pieces", probes=False)
     whole, pieces = Delta.load(tmp_path / "whole"), Delta.load(tmp_path / "pieces")
     assert 0 < most <= 128  # a row at least

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,18 +17,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from luthier.algebra import loads
 from luthier.algebra.driver import run
 from luthier.algebra.jobs import Method, make_jobs
 from luthier.algebra.layout import lay_out
-from luthier.algebra.sources import Checkpoint, mark_of, open_source
+from luthier.algebra.sources import Checkpoint, Tuned, mark_of, open_source
 from luthier.algebra.tensors import read_places
 from luthier.algebra.writer import ShardedFile, Spec, TensorFile, new_folder
 from luthier.attach import attached
 from luthier.attach.sites import sites_for
-from luthier.bases.load import load_base
+from luthier.bases.load import load_base, quiet
 from luthier.bridge.hf import export_hf
 from luthier.bridge.proof import prove
 from luthier.bridge.target import Target, logits_of, target
@@ -38,6 +39,7 @@ from luthier.errors import LuthierError
 from luthier.merging.lines import LiNeS
 from luthier.plan.merge import Where, load_merge, resolve
 from luthier.verbs.compress import compress
+from luthier.verbs.diff import diff
 from luthier.verbs.merge import bytes_of, merge
 from tests.tiny import tiny, tiny_ids, tiny_tokenizer
 
@@ -259,6 +261,7 @@ def deltas(shelf: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         "x": delta_on(base, at / "x", 1, rank=2),
         "y": delta_on(base, at / "y", 2, rank=3, sites=["attn.q", "ffn.down"]),
         "z": delta_on(base, at / "z", 3, "sparse"),
+        "w": delta_on(base, at / "w", 1, rank=4),
         "dora": delta_on(base, at / "dora", 4, "dora", rank=2),
         "ia3": delta_on(base, at / "ia3", 5, "ia3"),
         "gpt2": delta_on(on_disk(shelf["gpt2"]), at / "gpt2", 5, rank=2),
@@ -404,7 +407,7 @@ def test_factors_are_merged_and_the_rest_is_averaged(deltas: dict[str, Path], tm
     merge({"method": "robust_merge", "models": folders}, out=tmp_path / "m")
     merge({"method": "linear", "models": folders, "output": "checkpoint"}, out=tmp_path / "mean")
     found, mean, model = Delta.load(tmp_path / "m"), tensors(tmp_path / "mean"), on_disk(deltas["base"]).model
-    assert [FORMS.name_of(type(p.form)) for p in found.pieces] == ["lora", "dense"]
+    assert [FORMS.name_of(type(p.form)) for p in found.pieces] == ["lora", "entries"]
     found.apply(model)
     got = {n: p.detach() for n, p in model.named_parameters()}
     for name in (n for n in got if "down_proj" in n):
@@ -444,6 +447,22 @@ def test_the_fingerprint_is_read_off_the_files(shelf: dict[str, Path]) -> None:
     source = open_source(str(shelf["tied"]))
     assert isinstance(source, Checkpoint)
     assert mark_of(source, "float32") == load_base(str(shelf["tied"])).fingerprint
+
+
+@pytest.mark.parametrize("output", ["checkpoint", "delta"])
+def test_stocks_ratio_is_told_layer_by_layer(output: str, deltas: dict[str, Path], tmp_path: Path) -> None:
+    """Model Stock's t: every layer's in the outcome, mean and range among the notes."""
+    plan = {"method": "model_stock", "models": [str(deltas["x"]), str(deltas["w"])], "output": output}
+    made = merge(plan, out=tmp_path / "m")
+    t = made.layers["t"]
+    assert {"0", "1"} <= set(t) and max(t.values()) <= 1 and t["0"] != t["1"]
+    if output == "checkpoint":
+        held = json.loads((tmp_path / "m" / "merge.json").read_text())
+        assert held["layers"] == made.layers and held["notes"] == made.notes and "embed" in t
+    else:
+        assert Delta.load(tmp_path / "m").lineage["layers"] == made.layers
+    (line,) = [n for n in made.notes if n.startswith("t: mean")]
+    assert re.fullmatch(r"t: mean [\d.e-]+ \([\d.e-]+ to [\d.e-]+\)", line)
 
 
 # -- bad input
@@ -537,7 +556,29 @@ def bad(kind: str, s: dict[str, Path], d: dict[str, Path], tmp: Path) -> tuple[l
         return [a, wide, "-m", "linear"], r"differs in shape: .*\[128, 64\]: merge models of one architecture and width"
     if kind == "inside a source":
         return [str(s["copy"]), b, "-m", "linear", "--out", str(s["copy"] / "bad")], "bad lies in .*copy, which is read"
+    if kind in ("delta cut", "delta altered", "probes cut"):
+        folder = Path(shutil.copytree(d["x"], tmp / "x"))
+        file = folder / ("probes.safetensors" if kind == "probes cut" else "delta.safetensors")
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if kind == "delta altered" else data[:-100])
+        to = "delta" if kind == "delta cut" else "checkpoint"
+        return [str(folder), str(d["y"]), "-m", "linear", f"output={to}"], rf"{file.name} is truncated or altered"
+    if kind == "no vocabulary":
+        other = altered(s["b"], tmp / "x", lambda t: None)
+        (tmp / "x" / "tokenizer.json").write_text("{}")
+        return [a, other, "-m", "linear"], "tokenizer.json holds no vocabulary"
     table: dict[str, tuple[list[str], str]] = {
+        "no shard": ([*two, "linear", "shard=-5GB"], "shard: '-5GB' is less than a byte"),
+        "endless shard": ([*two, "linear", "shard=infGB"], "shard: 'infGB' is no size"),
+        "empty gradient": ([*two, "linear", "weight=[]"], "weight: an empty list"),
+        "template of a delta": (
+            [str(d["x"]), str(d["y"]), "-m", "linear", "chat_template=chatml"],
+            "chat_template is a checkpoint's.*output=checkpoint",
+        ),
+        "tokenizer of a delta": (
+            [str(d["x"]), str(d["y"]), "-m", "linear", "tokenizer_source=base"],
+            "tokenizer is a checkpoint's.*output=checkpoint",
+        ),
         "sum of nothing": (
             [*two, "task_arithmetic", "--base", base, "weights=[1,-1]", "normalize=true"],
             "task_arithmetic: the weights .* add up to 0.*set normalize: false",
@@ -598,6 +639,8 @@ KINDS = (
         "text",
     ]
     + ["form", "delta as base", "columns", "inside a source", "sum of nothing", "arc of nothing"]
+    + ["delta cut", "delta altered", "probes cut", "no vocabulary", "no shard", "endless shard", "empty gradient"]
+    + ["template of a delta", "tokenizer of a delta"]
 )
 
 
@@ -830,6 +873,52 @@ def test_a_model_twice_as_large_as_memory_is_merged(method: str, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 2 * limit
+
+
+LIMITED_DELTAS = """
+import resource, sys
+from luthier.verbs.merge import merge
+import luthier.merging.ties, luthier.algebra.delta_merge, luthier.verbs.load, luthier.verbs.probes
+from luthier.bases.load import load_base, quiet
+load_base(sys.argv[2] + "/small", weights=False)  # what imports take is not the merge's
+def held(field):
+    return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(field))
+most = held("VmData") + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+made = merge({"method": "ties", "models": [f"{sys.argv[2]}/{n}" for n in ("da", "db")], "density": 0.5}, out=sys.argv[3])
+print(made.notes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
+def test_deltas_twice_as_large_as_memory_become_one(tmp_path: Path) -> None:
+    """Neither the base nor a delta is held whole; probes, which need the base, are left out and it says so."""
+    limit = 100 << 20
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 62}
+    config = AutoConfig.for_model("llama", vocab_size=128, architectures=["LlamaForCausalLM"], **sizes)
+    for k, name in enumerate(("base", "a")):
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        g = torch.Generator().manual_seed(k)
+        rows = {
+            n: torch.empty(p.shape, dtype=torch.bfloat16).uniform_(generator=g) for n, p in model.named_parameters()
+        }
+        config.save_pretrained(tmp_path / name)
+        save_file(rows, tmp_path / name / "model.safetensors", {"format": "pt"})
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    diff(tmp_path / "base", tmp_path / "a", out=tmp_path / "da", probes=False)
+    assert (tmp_path / "da" / "delta.safetensors").stat().st_size > 2 * limit
+    shutil.copytree(tmp_path / "da", tmp_path / "db", copy_function=os.link)  # as good as another for what it takes
+    with quiet():
+        tiny("llama").save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    command = [sys.executable, "-c", LIMITED_DELTAS, str(limit), str(tmp_path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no probes: they need about" in done.stdout
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert Tuned(Checkpoint(tmp_path / "base"), tmp_path / "out").touched() == Checkpoint(tmp_path / "base").names()
+    assert (tmp_path / "out" / "delta.safetensors").stat().st_size > 2 * limit
 
 
 def test_sizes() -> None:
