@@ -9,8 +9,8 @@ batches in identical order, where the losses must agree within 1 % at every step
 fourth arm is the plain loop of benchmarks/plain.py, which says what these cores give without either.
 bf16 means: luthier, LoRA: base held in bfloat16, trained numbers float32, no autocast; luthier, full: float32 masters
 under bfloat16 autocast; TRL: bf16=True, which is a float32 model under bfloat16 autocast.
-Memory is the peak of the resident set while training less what the imports took, both sides under the same allocator
-setting (luthier.bases.hardware.set_malloc). On a processor without bfloat16 arithmetic the bf16 arms take the first 16 records only:
+Memory is the peak of the resident set while training less what the imports took. Each side has the allocator as it comes:
+luthier sets two of glibc's limits for its process (luthier.bases.hardware.set_malloc), TRL none. On a processor without bfloat16 arithmetic the bf16 arms take the first 16 records only:
 TRL computes in bfloat16 all the same, luthier in float32 (docs/precision.md). The last line is one JSON object.
 """
 
@@ -144,9 +144,8 @@ def trl_arm(folder: Path, what: str, kind: str, how: str, length: int, gpu: bool
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from luthier.bases.hardware import peak_memory, reset_peak, resident_memory, set_malloc, synchronise
+    from luthier.bases.hardware import peak_memory, reset_peak, resident_memory, synchronise
 
-    set_malloc()
     import_the_model()
     imported = resident_memory()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")

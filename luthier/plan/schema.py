@@ -183,7 +183,7 @@ class TrainSpec(Section):
     tokens_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto",
         description="Positions in one forward pass; larger micro-batches are cut into parts that give the same sums. "
-        "auto is 512 on a CPU; null never cuts.",
+        "auto is 2,048 on a CPU; null never cuts.",
     )
     accumulate: int = Field(1, ge=1, description="Micro-batches in one optimiser step.")
     lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
