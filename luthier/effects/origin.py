@@ -12,24 +12,6 @@ from hashlib import blake2b
 from luthier.practice import families as _families
 from luthier.practice.world import families, taught
 
-BEFORE: dict[str, str] = {
-    "calibration": "b3dd188752907ba2",
-    "experts": "351416f705d6716b",
-    "faults": "36789208cfe93227",
-    "forgetting": "a82e3ec92c871bfc",
-    "formats": "e29ea937e4174142",
-    "new_facts": "16dbcb33618c41f8",
-    "phrasings": "16dbcb33618c41f8",
-    "preferences": "200eb4dd842195e6",
-    "relearning": "4fbaa282303bd0ce",
-    "rewards": "a6a033644be99a0e",
-    "ripples": "ea4b98fb82bbdd3e",
-    "soups": "73841ddf6af559ef",
-    "steering": "df50f096ec49fa01",
-}
-"""Effect -> the digest of its world as of which results were kept before their keys told of the world. While it is still
-that, the world is left out of the key, so that those results count."""
-
 _IMPORTS = re.compile(r"from (luthier\.practice[\w.]*) import (\([^)]*\)|.*)")
 _WORLD = re.compile(r"luthier\.practice\.(world|draw|contract|words|edits|(families|oracles)\.\w+)")
 

@@ -44,10 +44,8 @@ def digest(name: str) -> str:
     shared = [f"{known.__name__}.{m.name}" for m in pkgutil.iter_modules(known.__path__) if m.name.startswith("_")]
     own = (effect, lab, *(importlib.import_module(name) for name in shared if name in text))
     texts = [inspect.getsource(part) for part in own]
-    for part in texts:
+    for part in (*texts, origin.digest(texts)):
         told.update(part.encode())
-    if (world := origin.digest(texts)) != origin.BEFORE.get(name):
-        told.update(world.encode())
     for base in filter(None, (effect.BASE, getattr(effect, "LARGE", None))):
         told.update(str(load_base(BaseSpec(name=base)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
     return told.hexdigest()

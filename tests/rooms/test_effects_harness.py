@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.effects import known, lab, origin
+from luthier.effects import known, origin
 from luthier.effects.__main__ import main
 from luthier.effects.contract import Cell, effect_named, effects
 from luthier.effects.page import page
@@ -129,8 +129,7 @@ def meaning(record):
 
 
 def test_what_is_of_another_world_counts_no_more_and_another_family_is_no_other_world(made, monkeypatch):
-    """A key tells of the families that an effect names and what they import, of nothing else; and of a world as of which
-    results were kept without telling, it does not tell."""
+    """A key tells of the families that an effect names and what they import, of nothing else."""
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(made)])
     names = ("made_family", "other_family")
     for name in names:
@@ -160,12 +159,3 @@ def _forget(names: tuple[str, ...]) -> None:
             delattr(families, name)
     linecache.clearcache()
     importlib.invalidate_caches()
-
-
-def test_results_kept_before_keys_told_of_the_world_count_while_it_is_the_same(made, monkeypatch):
-    telling = digest("made")
-    text = (made / "made.py").read_text() + Path(lab.__file__).read_text()
-    monkeypatch.setattr(origin, "BEFORE", {"made": origin.digest([text])})
-    untold = digest("made")
-    monkeypatch.setattr(origin, "digest", lambda texts: "another world")
-    assert untold != telling and digest("made") not in (untold, telling)

@@ -1,4 +1,4 @@
-"""Where only a form of answering is new and the answers are known, low rank does as well as full tuning."""
+"""Where only a form of answering is new and the answers are known, low rank does as well as full tuning, and forgets less."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ from luthier.effects.lab import Lab, Model
 from luthier.practice.card import answers
 from luthier.practice.world import Record, verify
 
-ABOUT = "known answers in a new form, JSON, are learnt by low rank as well as by full tuning"
+ABOUT = (
+    "known answers in a new form, JSON, are learnt by low rank as well as by full tuning, and less else is forgotten"
+)
 PAPERS = ("P110", "P228")
-BASE = "practice/s"
-ARMS = {"base": (), "full": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2)}
+BASE = "practice"
+ARMS = {"base": (), "full": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 3e-3, 1e-2)}
 CHOSEN_BY = "right"
 CLAIMS = (
     Claim("full tuning learns the form", "base:right", "full:right", effect=0.3),
     Claim("low rank ties with it: form and answer", "full:right", "lora:right", effect=0.05, sign=0),
     Claim("low rank ties with it: form alone", "full:form", "lora:form", effect=0.05, sign=0),
+    Claim("and forgets less of what it was not told", "full:kept", "lora:kept", effect=0.05),
 )
-FAMILIES, STEPS, RECORDS, ITEMS = ("arithmetic", "facts", "stories"), 150, 800, 80
+FAMILIES, OTHERS = ("arithmetic", "facts", "stories"), ("tracking", "lists", "refusals")
+STEPS, RECORDS, ITEMS, KEPT = 150, 800, 80, 60
 
 
 def measures(lab: Lab, cell: Cell) -> Scores:
-    """form: the answer is the JSON asked for. right: and what it holds passes the verifier. Of every family ITEMS."""
+    """form: the answer is the JSON asked for. right: and what it holds passes the verifier. Of every family ITEMS.
+    kept: records of other taught families, in their own form, KEPT of each."""
     if cell.arm == "base":
         with lab.untouched() as model:
             return _scores(lab, model)
-    delta = {"choice": "full"} if cell.arm == "full" else {"form": "lora", "rank": 4, "alpha": 8}
+    delta = {"choice": "full"} if cell.arm == "full" else {"form": "lora", "rank": 8, "alpha": 16}
     told = [wrapped(r) for family in FAMILIES for r in lab.told(family, RECORDS)]
     with lab.tuned(told, delta=delta, steps=STEPS) as model:
         return _scores(lab, model)
@@ -57,4 +62,5 @@ def _scores(lab: Lab, model: Model) -> Scores:
     asked: Sequence[Record] = [r for family in FAMILIES for r in lab.items(family, ITEMS)]
     held = [unwrapped(text) for text in answers(model.model, model.tokenizer, [wrapped(r) for r in asked])]
     right = [0.0 if h is None else verify(r, h).reward for r, h in zip(asked, held, strict=True)]
-    return {"form": [float(h is not None) for h in held], "right": right}
+    kept = model.solves([r for family in OTHERS for r in lab.items(family, KEPT)])
+    return {"form": [float(h is not None) for h in held], "right": right, "kept": kept}
