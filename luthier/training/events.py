@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -169,7 +170,7 @@ class Events:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops lines of steps that a resumed run does again, and a line that was cut off by a kill."""
+    """Drops lines of steps that a resumed run does again, and a line that was cut off by a kill; all at once."""
     kept = []
     if step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -180,7 +181,9 @@ def _forget_after(path: Path, step: int) -> None:
                 continue  # written half
     path.parent.mkdir(parents=True, exist_ok=True)
     if kept or path.exists():
-        path.write_text("".join(kept), encoding="utf-8")
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)  # killed before this, the log is whole
 
 
 @runtime_checkable

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.training import checkpoint
+from luthier.training.events import _forget_after
 from luthier.training.lock import locked
 from luthier.training.run import build
 from luthier.verbs.tune import tune
@@ -72,11 +73,11 @@ def ended(pid: int, within: float = 120) -> int:
 def wait_for(path: Path, lines: int, within: float = 60) -> None:
     """Until a log has that many lines."""
     until = time.monotonic() + within
-    while time.monotonic() < until:
+    while lines and time.monotonic() < until:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
             return
         time.sleep(0.001)
-    raise AssertionError(f"{path} never had {lines} lines")
+    assert not lines, f"{path} never had {lines} lines"
 
 
 def go(world: World, out: Path) -> Callable[[], Any]:
@@ -99,14 +100,34 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return out, time.monotonic() - started
 
 
+def test_a_log_is_shortened_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while a resumed run drops what it does again, the log has every line that it had."""
+    log, text = tmp_path / "log.jsonl", "".join(f'{{"step": {k}}}\n' for k in range(1, 6))
+    log.write_text(text)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        _forget_after(log, 3)
+    assert log.read_text() == text
+    _forget_after(log, 3)
+    assert log.read_text().count("\n") == 3
+
+
 @pytest.mark.slow
 def test_twenty_kills(world: World, whole: tuple[Path, float], tmp_path: Path) -> None:
     """kill -9 at twenty random moments; each time the run goes on from its newest checkpoint, or from its start."""
     draw, kills, reached = random.Random(5), 0, set()
     while kills < 20:
         pid = child(go(world, tmp_path))
-        time.sleep(draw.uniform(0.2, 1.0) * whole[1] * 0.6)
-        os.kill(pid, signal.SIGKILL)
+        have = checkpoint.latest(tmp_path / "checkpoints")
+        step = int(have.name.rpartition("-")[2]) if have else 0
+        if step < STEPS - 1:  # else it may end, to be begun anew
+            wait_for(tmp_path / "log.jsonl", step + draw.randint(0, 5))  # by time alone most would fall on the start
+            time.sleep(draw.uniform(0, 0.04) * whole[1])
+            os.kill(pid, signal.SIGKILL)
         code = ended(pid)
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
@@ -114,6 +135,7 @@ def test_twenty_kills(world: World, whole: tuple[Path, float], tmp_path: Path) -
         reached.add(have.name if have else None)
         if code == 0:  # done early: its delta and checkpoints go, so that there is something left to kill
             (tmp_path / "delta.json").unlink()
+            (tmp_path / "log.jsonl").unlink()
             for path in checkpoint.all_of(tmp_path / "checkpoints")[::-1]:
                 (path / "state.json").unlink()
     assert len(reached) > 3, "the kills fell on different steps"
