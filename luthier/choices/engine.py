@@ -171,12 +171,15 @@ class Pick(Choice):
             strata.setdefault(stratum(name, site, self.within), {})[name] = site
         for key, members in strata.items():
             units = units_of(members, self.granularity, self.head_dim)
-            if self.score == "random":
-                scores = torch.rand(units.count, generator=self.generator(ctx, *key))
-            else:
-                scores = units.score(lambda n: SCORES[self.score](n, ctx, self.rank)) * (1 if self.largest else -1)
-            chosen |= units.selection(taken(self, scores, units.sizes))
+            chosen |= units.selection(taken(self, scored(self, units, ctx, key), units.sizes))
         return chosen
+
+
+def scored(how: Pick, units: Units, ctx: ChoiceContext, stratum: tuple[object, ...]) -> Tensor:
+    """A number for every unit of a stratum [units]; the largest are taken."""
+    if how.score == "random":
+        return torch.rand(units.count, generator=how.generator(ctx, *stratum))
+    return units.score(lambda n: SCORES[how.score](n, ctx, how.rank)) * (1 if how.largest else -1)
 
 
 def taken(how: Pick, scores: Tensor, sizes: Tensor | None) -> Tensor:

@@ -52,10 +52,8 @@ def check_by_site(form: LoRA, sites: Sequence[Site]) -> None:
 class LoRA(Form):
     """ΔW = s · B A with A [r, in] Gaussian-uniform and B [out, r] zero at the start; the weight itself is frozen.
 
-    s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling. On an embedding A's columns are looked up, and A is zero
-    and B normal at the start; fused experts get one pair each. Differs from the paper: A is drawn Kaiming-uniform. Both as
-    the authors' code does.
-    Source: Hu et al. 2021 (P110); rsLoRA: Kalajdzievski 2023.
+    s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling. Fused experts get one pair each. As in the authors' code A
+    is drawn Kaiming-uniform, and on an embedding A is zero and B normal. Source: Hu et al. 2021 (P110); rsLoRA: Kalajdzievski 2023.
     """
 
     rank: int = 16
@@ -88,7 +86,7 @@ class LoRA(Form):
 
     def build(self, site: Site, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         r, stack = self.at_site(site)[0], (site.experts,) if site.experts else ()
-        if site.kind == "embedding":  # so that a token's first step does not shrink with the vocabulary
+        if site.kind == "embedding":  # a token's first step must not shrink with the vocabulary
             return {"A": torch.zeros(r, site.d_in), "B": torch.randn(site.d_out, r, generator=g)}, {}
         bound = 1 / math.sqrt(site.d_in)
         a = torch.empty(*stack, r, site.d_in).uniform_(-bound, bound, generator=g)

@@ -1,4 +1,12 @@
-"""One design space for adapters, low-rank changes and prefixes: what is added to a hidden state, where, from what, and how."""
+"""One design space for adapters, low-rank changes and prefixes: what is added to a hidden state, where, from what, and how.
+
+| design | function | insertion | scaling | sites |
+|---|---|---|---|---|
+| adapter | relu | sequential | 1 | attn.o, ffn.down |
+| LoRA | linear | parallel | alpha / r | attn.q, attn.v |
+| parallel, scaled parallel adapter | relu | parallel | 1, 4 | attn.module or ffn.module |
+| prefix | softmax | parallel | 1 | attention |
+"""
 
 from __future__ import annotations
 
@@ -23,14 +31,8 @@ class Unified(Form):
     values U take beside the text's own: gated by λ, parallel by its nature, without s. D is drawn as in LoRA and U zero;
     for softmax both are normal with deviation 0.02.
 
-    | design | function | insertion | scaling | sites |
-    |---|---|---|---|---|
-    | adapter | relu | sequential | 1 | attn.o, ffn.down |
-    | LoRA | linear | parallel | alpha / r | attn.q, attn.v |
-    | parallel, scaled parallel adapter | relu | parallel | 1, 4 | attn.module or ffn.module |
-    | prefix | softmax | parallel | 1 | attention |
-
-    Mix-and-match is the last two: width 30 at attention, 512 and s = 4 at ffn.module. Source: He et al. 2022 (P187).
+    The module's table says which method is which. Mix-and-match is its last two: width 30 at attention, 512 and s = 4 at
+    ffn.module. Source: He et al. 2022 (P187).
     """
 
     function: Literal["linear", "relu", "gelu", "tanh", "softmax"] = "relu"
@@ -54,14 +56,8 @@ class Unified(Form):
                 raise ValueError(
                     "softmax is parallel and gated by the attention it takes: insertion parallel, scaling 1"
                 )
-            no = "keys and values take attention whatever they are multiplied by"
-            own = {
-                "at": "keys-values",
-                "sites": ("attention",),
-                "kinds": ("attention",),
-                "identity": No(no),
-                "scales": No(no),
-            }
+            no, one = No("keys and values take attention whatever they are multiplied by"), ("attention",)
+            own = {"at": "keys-values", "sites": one, "kinds": one, "identity": no, "scales": no}
             for fact, value in own.items():  # what it declares of itself is a prefix's
                 object.__setattr__(self, fact, value)
 
