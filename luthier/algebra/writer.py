@@ -27,6 +27,7 @@ from luthier.errors import LuthierError
 SHARD = 5 * 1000**3
 """Most bytes of one file of a checkpoint."""
 INDEX = "model.safetensors.index.json"
+UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -195,3 +196,16 @@ def new_folder(folder: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def bytes_of(text: str) -> int:
+    """'5GB' -> bytes."""
+    digits = text.strip().upper()
+    unit = next((u for u in sorted(UNITS, key=len, reverse=True) if digits.endswith(u)), "")
+    try:
+        size = int(float(digits.removesuffix(unit)) * UNITS.get(unit, 1))
+    except (ValueError, OverflowError) as e:
+        raise LuthierError(f"shard: '{text}' is no size: write it as 5GB or 500MB") from e
+    if size < 1:
+        raise LuthierError(f"shard: '{text}' is less than a byte: write it as 5GB or 500MB")
+    return size

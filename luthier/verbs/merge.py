@@ -16,13 +16,12 @@ from luthier.algebra.jobs import Method, make_jobs, replaced
 from luthier.algebra.layout import Layout, lay_out
 from luthier.algebra.outcome import config_of, same_tokens, template_of, write_beside
 from luthier.algebra.sources import ADAPTER, Source, Tuned, is_delta, open_source
-from luthier.algebra.writer import ShardedFile, Spec, new_folder
+from luthier.algebra.writer import ShardedFile, Spec, bytes_of, new_folder
 from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError
 from luthier.plan.merge import MergePlan, Ref, load_merge
 from luthier.plan.places import kind_of
 
-UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 Shown = Callable[[int, int], None]
 
 
@@ -393,16 +392,3 @@ def _tried(
         folder = Path(place) / "tried"
         _write(plan, sources, layout, tokens, jobs, [], folder, False)
         return _score(audit(load_base(str(folder)), _Alone(), _spec(plan), seed=plan.seed))
-
-
-def bytes_of(text: str) -> int:
-    """'5GB' -> bytes."""
-    digits = text.strip().upper()
-    unit = next((u for u in sorted(UNITS, key=len, reverse=True) if digits.endswith(u)), "")
-    try:
-        size = int(float(digits.removesuffix(unit)) * UNITS.get(unit, 1))
-    except (ValueError, OverflowError) as e:
-        raise LuthierError(f"shard: '{text}' is no size: write it as 5GB or 500MB") from e
-    if size < 1:
-        raise LuthierError(f"shard: '{text}' is less than a byte: write it as 5GB or 500MB")
-    return size

@@ -10,10 +10,9 @@ from typing import Any
 
 from luthier.algebra.moe import Assembled, write_moe
 from luthier.algebra.sources import open_source
-from luthier.algebra.writer import new_folder
+from luthier.algebra.writer import bytes_of, new_folder
 from luthier.delta.folder import refuse_existing
 from luthier.plan.moe import MoePlan, load_moe
-from luthier.verbs.merge import bytes_of
 
 __all__ = ["Assembled", "moe"]
 
