@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luthier.attach.weights import module_at
 from luthier.errors import LuthierError
+from luthier.parts.attention import BLOCKED
 
 OURS = "luthier_"
 """Before the name of the attention implementation that ours wraps."""
@@ -29,7 +30,7 @@ def place(handle: Any, placed: Any) -> None:
     site = placed.state.site
     module = module_at(handle.model, site.name)
     config: Any = getattr(module, "config", None)
-    used = str(getattr(config, "_attn_implementation", None))
+    used = str(getattr(config, "_attn_implementation", None)).replace(BLOCKED, "sdpa")  # which takes no extra keys
     bias = _bias_of(handle.model, module)
     known = hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
     if not known or (getattr(config, "is_encoder_decoder", False) and bias is None):

@@ -27,27 +27,22 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, reuse: bool) -> Tensor:
-        norm = torch.empty(len(logits), device=logits.device)
+        out = torch.empty(len(logits), device=logits.device)
         for i in range(0, len(logits), ROWS):
-            norm[i : i + ROWS] = torch.logsumexp(logits[i : i + ROWS].float(), -1)
-        chosen = logits.gather(1, targets[:, None]).squeeze(1).float()
-        # Not saved through the graph, which would forbid the writing: only `reuse` says whether that is safe.
-        ctx.save_for_backward(targets, norm)
+            part = torch.log_softmax(logits[i : i + ROWS], -1, dtype=torch.float32)
+            out[i : i + ROWS] = part.gather(1, targets[i : i + ROWS, None])[:, 0]
+        # The logits are not saved through the graph, which would forbid the writing: only `reuse` says whether that is safe.
+        ctx.save_for_backward(targets)
         ctx.logits, ctx.reuse = logits.detach(), reuse
-        return chosen - norm
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        targets, norm = ctx.saved_tensors
-        logits = ctx.logits
+        (grad,), (targets,), logits = grads, ctx.saved_tensors, ctx.logits
         out = logits if ctx.reuse else torch.empty_like(logits)
         for i in range(0, len(logits), ROWS):
-            part = logits[i : i + ROWS].to(torch.float32, copy=not ctx.reuse)
-            part.sub_(norm[i : i + ROWS, None]).exp_().mul_(-grad[i : i + ROWS, None])
-            part.scatter_add_(1, targets[i : i + ROWS, None], grad[i : i + ROWS, None])
-            if not (ctx.reuse and out.dtype == torch.float32):  # else it was worked out in its place
-                out[i : i + ROWS] = part
+            part = torch.softmax(logits[i : i + ROWS], -1, dtype=torch.float32).mul_(-grad[i : i + ROWS, None])
+            out[i : i + ROWS] = part.scatter_add_(1, targets[i : i + ROWS, None], grad[i : i + ROWS, None])
         if ctx.reuse:
             ctx.logits = None
         return out, None, None

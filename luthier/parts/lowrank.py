@@ -17,9 +17,10 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        a16, b16 = a.to(x.dtype), b.to(x.dtype)
-        h = x2 @ a16.t()
-        total.view(-1, total.shape[-1]).addmm_(h, b16.t(), alpha=scale)
+        ctx.types = a.dtype, b.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        h = x2 @ a.t()
+        total.view(-1, total.shape[-1]).addmm_(h, b.t(), alpha=scale)
         ctx.save_for_backward(x, h, a, b)
         ctx.scale = scale
         ctx.mark_dirty(total)
@@ -30,10 +31,10 @@ class _AddLowRank(torch.autograd.Function):
         (grad,) = grads
         x, h, a, b = ctx.saved_tensors
         g2 = grad.reshape(-1, grad.shape[-1])
-        gb = (g2 @ b.to(g2.dtype)).mul_(ctx.scale)
-        grad_b = (g2.t() @ h).mul_(ctx.scale).to(b.dtype) if ctx.needs_input_grad[3] else None
-        grad_a = (gb.t() @ x.reshape(-1, x.shape[-1])).to(a.dtype) if ctx.needs_input_grad[2] else None
-        grad_x = (gb @ a.to(gb.dtype)).view_as(x) if ctx.needs_input_grad[1] else None
+        gb = (g2 @ b).mul_(ctx.scale)
+        grad_b = (h.t() @ g2).mul_(ctx.scale).to(ctx.types[1]).t() if ctx.needs_input_grad[3] else None
+        grad_a = (gb.t() @ x.reshape(-1, x.shape[-1])).to(ctx.types[0]) if ctx.needs_input_grad[2] else None
+        grad_x = (gb @ a).view_as(x) if ctx.needs_input_grad[1] else None
         return grad, grad_x, grad_a, grad_b, None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.bases.roles import Roles
+from luthier.parts.attention import BLOCKED, blocked
 from luthier.parts.fused import rms_norm, swiglu
 from luthier.training.view import HeadSelector
 
@@ -20,13 +21,14 @@ MARK = "_luthier_fused"
 
 
 def speed_up(model: nn.Module) -> dict[str, int]:
-    """Fuses RMS norms and SwiGLU feed-forwards where that gives the module's own numbers. Gives how many of each.
+    """Fuses RMS norms and SwiGLU feed-forwards where that gives the module's own numbers, and has causal attention of short rows
+    on a processor worked out block by block (`parts.attention`). Gives how many norms, feed-forwards and configurations.
 
-    Only the forward functions of module instances are replaced: no name, parameter or hook changes, and a module of
-    another kind or with another formula stays as it is. `slow_down` takes it back: a model handed on must not keep
-    them, since a copy of it would go on computing with the original's weights.
+    Only the forward functions of module instances and the name of the attention function are replaced: no parameter or hook
+    changes, and a module of another kind or with another formula stays as it is. `slow_down` takes it back: a model handed on
+    must not keep them, since a copy of it would go on computing with the original's weights.
     """
-    done = {"norms": 0, "feed_forwards": 0}
+    done = {"norms": 0, "feed_forwards": 0, "attention": _rename_attention(model, "sdpa", blocked())}
     for module in model.modules():
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         weight = module._parameters.get("weight")
@@ -40,11 +42,19 @@ def speed_up(model: nn.Module) -> dict[str, int]:
 
 
 def slow_down(model: nn.Module) -> int:
-    """Takes `speed_up` back; gives how many modules have their own forward again. A no-op where there are none."""
+    """Takes `speed_up` back; gives how many modules and configurations are as they were again. A no-op where there are none."""
     mine = [m for m in model.modules() if hasattr(m.__dict__.get("forward"), MARK)]
     for module in mine:
         del module.__dict__["forward"]
-    return len(mine)
+    return len(mine) + _rename_attention(model, BLOCKED, "sdpa")
+
+
+def _rename_attention(model: nn.Module, old: str, new: str) -> int:
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    found: list[Any] = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == old]
+    for config in found:
+        config._attn_implementation = new
+    return len(found)
 
 
 def _norm(module: nn.Module, eps: float) -> Callable[..., Tensor]:

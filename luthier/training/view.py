@@ -135,14 +135,18 @@ class View:
     @cached_property
     def logits(self) -> Tensor:
         """[N, V] at the supervised tokens only."""
+        return self._rows[: len(self.targets)]
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """[N', V] at the selected positions: the supervised tokens, and after them what fills the last block."""
         if self.off is not None:
             _ = (
                 self.reference
             )  # first: what it puts back in place must not change under a pass that has its backward to come
-        index = self._supervised[0]
         if self.selector is None:
             out = self.model(**self.inputs()).logits
-            return out.reshape(-1, out.shape[-1])[index]
+            return out.reshape(-1, out.shape[-1])[self._supervised[0]]
         with self.selector.at(self._selected, self.batch["weights"].numel()):
             logits = self.model(**self.inputs()).logits
         if logits.shape[-2] != len(self._selected):
@@ -150,14 +154,14 @@ class View:
                 f"the model gave {logits.shape[-2]} rows of logits for {len(self._selected)} selected tokens: "
                 "its head is not where get_output_embeddings() says; report this architecture"
             )
-        logits = logits.reshape(-1, logits.shape[-1])
-        # No slice where there is nothing to cut: behind one, the loss could not write its gradient over them.
-        return logits if len(logits) == len(index) else logits[: len(index)]
+        return logits.reshape(-1, logits.shape[-1])
 
     @cached_property
     def logprobs(self) -> Tensor:
         """[N] log-probability of each supervised token, float32."""
-        return token_logprobs(self.logits, self.targets)
+        # Of all rows, and cut after: behind a slice the loss could not write its gradient over the logits.
+        more = len(self._rows) - len(self.targets)
+        return token_logprobs(self._rows, nn.functional.pad(self.targets, (0, more)))[: len(self.targets)]
 
     @cached_property
     def answers(self) -> Answers:

@@ -36,8 +36,9 @@ CLOSE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
 def batch() -> dict[str, Any]:
-    """Two rows of unequal length, padded on the right, with loss on some tokens of each, the last one among them."""
-    ids = tiny_ids(2, 11)
+    """Two rows of unequal length, padded on the right, with loss on some tokens of each, the last one among them. Of the tiny
+    experts' routers none stands so near a tie that the rounding of bfloat16 decides."""
+    ids = tiny_ids(2, 11, seed=1)
     weights = torch.zeros(2, 11)
     weights[0, 6:] = 1.0
     weights[1, 3:7] = 0.5
@@ -143,4 +144,4 @@ def test_another_formula_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = model.model.norm
     own = norm.forward
     monkeypatch.setattr(type(norm), "forward", lambda self, x: own.__func__(self, x) * 1.01)
-    assert speed_up(model) == {"norms": 0, "feed_forwards": 0}
+    assert speed_up(model) == {"norms": 0, "feed_forwards": 0, "attention": 1}
