@@ -128,6 +128,8 @@ def _config(spec: BaseSpec, folder: Path) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     stated = read_json(folder / "config.json")
+    if (ending := folder / "generation_config.json").is_file():
+        read_json(ending)  # transformers passes over one that it cannot read, and with it over the end of a turn
     family = stated.get("model_type", "")
     if "auto_map" in stated and family not in CONFIG_MAPPING and not spec.trust_remote_code:
         raise LuthierError(

@@ -222,6 +222,9 @@ def test_broken_configurations(copy):
     ):
         (copy / "config.json").write_text(text)
         refused(said, copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").write_text("{")
+    refused("generation_config.json: not readable as JSON", copy)
 
 
 def test_tokenizers(copy, saved):
