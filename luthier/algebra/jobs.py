@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from luthier.algebra.layout import Item, Layout
 from luthier.algebra.sources import Source, Tuned
 from luthier.delta import MERGES, Merge
 from luthier.errors import LuthierError, nearest
-from luthier.plan.merge import MergePlan, Parameters, Where, resolve
+from luthier.plan.merge import MergePlan, Parameters, Where, number, resolve
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,6 +23,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+GONE = {"embed_slerp"}
+"""Parameters of older mergekits, without effect in today's; some of the field's files still state them."""
 
 
 class Method:
@@ -61,6 +64,7 @@ class Method:
                     raise LuthierError(
                         f"{self.name}: {key} is missing for {who} at {name}: state it ({key}=… for all models)"
                     )
+                value = number(value)
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise LuthierError(
                         f"{self.name}: {key} of {names[item.sources[i]]} must be a number, got {value!r}"
@@ -96,8 +100,8 @@ def make_jobs(
     has, one that is missing or out of place, too few or too many models, tensors of unequal shapes.
     """
     names = [str(r) for r in plan.refs()]
-    notes = _strangers(plan, method)
-    jobs = []
+    notes, odds = _strangers(plan, method), Counter[str]()
+    jobs: list[Job] = []
     for item in layout.items:
         shapes = [sources[k].shape(n) for k, n in zip(item.sources, item.inputs, strict=True)]
         kinds = [sources[k].dtype(n) for k, n in zip(item.sources, item.inputs, strict=True)]
@@ -119,13 +123,14 @@ def make_jobs(
         if odd := merge.odd(each):
             if not plan.field_file:
                 raise LuthierError(f"{method.name}: {odd}")
-            notes.append(f"{method.name}: {odd}")
+            odds[odd] += 1
         widened = torch.float32 if type(merge).widens and arithmetic.itemsize == 2 else arithmetic
         written = DTYPES[plan.out_dtype] if plan.out_dtype else widened
         if not plan.out_dtype and not plan.dtype:
             written = _as_stored(item, sources, written)
         jobs.append(Job(item, merge, arithmetic, written, shape, each, base, aligned))
-    return jobs, list(dict.fromkeys(notes)) + _unread(plan, method, jobs)
+    notes += [f"{method.name}: {odd} ({n} of {len(jobs)} tensors)" for odd, n in odds.items()]
+    return jobs, notes + _unread(plan, method, jobs)
 
 
 def _as_stored(item: Item, sources: Sequence[Source], otherwise: torch.dtype) -> torch.dtype:
@@ -174,7 +179,7 @@ def _strangers(plan: MergePlan, method: Method) -> list[str]:
                 continue
             if everyone is None:
                 everyone = {n for name in MERGES for n in (*Method(name).fields, *MERGES[name].each)}
-            if key not in everyone:
+            if key not in everyone | GONE:
                 raise LuthierError(
                     f"{where}: merge '{method.name}' has no parameter '{key}': {nearest(key, own | shared, 'parameter')}"
                 )

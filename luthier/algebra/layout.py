@@ -51,6 +51,8 @@ class Layout:
     """Part ("default" where there is one only) -> layers."""
     origins: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Part -> (model, its layer) that each layer's settings in a config are taken from."""
+    notes: list[str] = field(default_factory=list)
+    """What is odd about it, for the report."""
 
 
 def lay_out(plan: MergePlan, sources: Sequence[Source], listed: bool) -> Layout:
@@ -220,7 +222,13 @@ def _part(
             origins.append((base, part.sources[where.index(base)].layer_range[0] + i))
             number += 1
     if first or alone:
-        layout.items += _loose(slices[-1], places[-1], plan, refs, tensors, before=False)
+        most = len(places[0]) if plan.field_file else len(places[-1])
+        if most < len(places[-1]):
+            layout.notes.append(
+                f"the tensors behind the layers are merged from the first {most} models of the last stretch, as mergekit does, "
+                "which takes as many as the first stretch has: name as many in both"
+            )
+        layout.items += _loose(slices[-1], places[-1][:most], plan, refs, tensors, before=False)
     layout.layers[prefix] = number
     layout.origins[prefix] = origins
 
@@ -268,7 +276,7 @@ def _item(
         tuple(inputs),
         list(where).index(at) if at is not None and at in where else None,
         (part.parameters, plan.parameters),
-        tuple((s.parameters,) for s in part.sources),
+        tuple((s.parameters,) for s in part.sources[: len(where)]),
         t,
         None,
         0,

@@ -112,10 +112,15 @@ def family_of(plan: MoePlan, sources: Sequence[Source]) -> Family:
     found = list(FAMILIES.values())
     if plan.architecture is not None:
         wanted = plan.architecture.lower().replace(" ", "_").replace("-", "_")
-        wanted = {"qwen_moe": "qwen2_moe", "qwen_2_moe": "qwen2_moe", "qwen_3_moe": "qwen3_moe"}.get(wanted, wanted)
-        if wanted not in FAMILIES:
+        named = {n: n for n in FAMILIES} | {
+            "qwen_moe": "qwen2_moe",
+            "qwen_2_moe": "qwen2_moe",
+            "qwen_3_moe": "qwen3_moe",
+        }
+        meant = {family for name, family in named.items() if name.startswith(wanted)}  # 'qwen' is the one that fits
+        if not meant:
             raise LuthierError(f"architecture: no mixture is called '{plan.architecture}': {nearest(wanted, FAMILIES)}")
-        found = [FAMILIES[wanted]]
+        found = [f for name, f in FAMILIES.items() if name in meant]
     able = [f for f in found if kinds[0] in f.of and f.shared == bool(plan.shared_experts)]
     if not able:
         shared = [f for f in found if kinds[0] in f.of]

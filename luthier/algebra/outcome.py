@@ -46,10 +46,35 @@ LAYER_KEYS = (
     "encoder_layers",
     "decoder_layers",
 )
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
+        "message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% set told = namespace(first='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{% set told.first = message['content'] + '\\n\\n' %}{% elif message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'] | trim + eos_token }}{% else %}{{ '[INST] ' + told.first + message['content'] | trim + "
+        "' [/INST]' }}{% set told.first = '' %}{% endif %}{% endfor %}"
+    ),
+    "alpaca": (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Instruction:\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' }}{% endif %}{{ message['content'] | trim + '\\n\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+    ),
+    "exaone": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '[|system|][|endofturn|]\\n' }}"
+        "{% endif %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
+        "{{ '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+    ),
+}
+"""Chat formats by the names that the field's merge files give them, as their makers publish them."""
 
 
 def config_of(
@@ -152,19 +177,19 @@ def _template(new: Path, stated: str, sources: Sequence[Source]) -> None:
 
 
 def template_of(stated: str, sources: Sequence[Source]) -> str | None:
-    """The chat template that is meant: a Jinja text, a file, chatml, or auto for the one that most models carry."""
+    """The chat template that is meant: a Jinja text, a file, a name of TEMPLATES, or auto for the one most models carry."""
     if stated == "auto":
         found = [text for s in sources if (text := _carried(s.folder))]
         return Counter(found).most_common(1)[0][0] if found else None
-    if stated == "chatml":
-        return CHATML
+    if stated in TEMPLATES:
+        return TEMPLATES[stated]
     if "{" in stated:
         return stated
     path = Path(stated).expanduser()
     if path.is_file():
         return path.read_text(encoding="utf-8")
     raise LuthierError(
-        f"chat_template: '{stated}' is no template: give auto, chatml, a Jinja text, or the path of a file"
+        f"chat_template: '{stated}' is no template: give auto, {', '.join(TEMPLATES)}, a Jinja text, or the path of a file"
     )
 
 

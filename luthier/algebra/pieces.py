@@ -65,5 +65,6 @@ def put_on(
             continue
         value = (oriented(change[part], site) if part == "weight" else change[part]) * t.scale
         value = value.reshape(base.shape)
-        now = now + value.to(base.dtype) if rounded else now.float() + value
+        now = now.float() + value
+        now = now.to(base.dtype) if rounded else now
     return now

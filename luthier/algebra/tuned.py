@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from luthier.forms.lora import LoRA
 from luthier.plan.schema import BaseSpec
 
 ADAPTER = "adapter_config.json"
+FACTOR = re.compile(r"\.lora_[AB]\.")
 
 
 @dataclass(frozen=True)
@@ -205,5 +207,20 @@ def _from_peft(folder: Path, base: Checkpoint) -> Delta:
     on.fingerprint = mark_of(base, str(on.dtype).removeprefix("torch."))
     try:
         return from_peft(folder, on)
-    except NotImplementedError as e:  # a form that needs the base's numbers, which are not in memory here
+    except NotImplementedError:  # DoRA, modules saved whole: they need numbers of the base, of which none is in memory
+        _fill(on.model, base, folder)
+    try:
+        return from_peft(folder, on)
+    except NotImplementedError as e:  # under other names in the checkpoint than in memory
         raise LuthierError(f"{folder} needs its base's weights to be read: 'luthier import' it first ({e})") from e
+
+
+def _fill(model: Any, base: Checkpoint, folder: Path) -> None:
+    """Gives modules of a model made without numbers the checkpoint's: those an adapter has more of than LoRA's factors."""
+    named = [k for k in read_places(folder / "adapter_model.safetensors") if not FACTOR.search(k)]
+    for module_name, module in model.named_modules():
+        if not any(f".{module_name}." in key for key in named):
+            continue
+        for name in list(module._parameters):
+            if (full := f"{module_name}.{name}") in base:
+                module._parameters[name] = torch.nn.Parameter(base.read(full), requires_grad=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,6 +53,10 @@ class Della(TaskVectors):
     each: ClassVar[Mapping[str, float | None]] = {"weight": 1.0, "density": 1.0, "epsilon": 0.15}
     consensus: ClassVar[bool] = True
     draws: ClassVar[bool] = True
+
+    def odd(self, each: Mapping[str, Sequence[float]]) -> str:
+        turned = min(each["epsilon"]) < 0
+        return super().odd(each) or ("an epsilon below 0 drops large entries first: state at least 0" if turned else "")
 
     def span(self, t: Stack) -> int:
         row = t.tensors[0].numel() // _rows(t.tensors[0])[0]

@@ -129,9 +129,11 @@ class TaskVectors(Merge):
 
     def odd(self, each: Mapping[str, Sequence[float]]) -> str:
         weights = list(each["weight"])
-        if not self.normalize or abs(sum(weights)) >= NOTHING:
-            return ""
-        return f"the weights {weights} add up to 0, and nothing is divided by that: change one, or set normalize: false"
+        if self.normalize and abs(sum(weights)) < NOTHING:
+            return f"the weights {weights} add up to 0, and nothing is divided by that: change one, or set normalize: false"
+        if "density" in type(self).each and 0 in each["density"]:
+            return "a density of 0 leaves nothing of that model: state more than 0, or leave the model out"
+        return ""
 
     def thin(self, t: Stack, i: int, chunk: Chunk) -> Thin | None:
         """What thins out model i's change, given by `chunk` in flat pieces; None where it stays whole."""

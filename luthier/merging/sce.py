@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +30,9 @@ class SCE(Merge):
     """Share of the entries of non-zero variance, 0 to 1."""
 
     each: ClassVar[Mapping[str, float | None]] = {}
+
+    def odd(self, each: Mapping[str, Sequence[float]]) -> str:
+        return "" if self.select_topk else "a select_topk of 0 leaves nothing of the models: state more than 0"
 
     def merge(self, t: Stack) -> Tensor:
         assert t.base is not None

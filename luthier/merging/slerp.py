@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +38,11 @@ class Slerp(Merge):
     each: ClassVar[Mapping[str, float | None]] = {}
     ordered: ClassVar[bool] = True
     paper: ClassVar[str] = "P054"
+
+    def odd(self, each: Mapping[str, Sequence[float]]) -> str:
+        if 0 <= self.t <= 1:
+            return ""
+        return "t is not between 0 (the base) and 1 (the model), and goes on beyond them: state one that is"
 
     def cosine(self, a: Tensor, b: Tensor, over: Over = alone) -> Tensor:
         """Of the angle between two flat tensors [n], taken of normalised copies; 0 where either is 0. A scalar tensor."""

@@ -132,7 +132,9 @@ class MergePlan(Calibrated, Section):
     dtype: DType | None = Field(None, description="Type of the arithmetic; default what the models are stored in.")
     out_dtype: DType | None = Field(None, description="Type that is written; default the arithmetic's.")
     tokenizer: TokenizerSpec | None = Field(None, description="Make the tokenizers one; default the base's as it is.")
-    chat_template: str | None = Field(None, description="auto, a Jinja text, or a file's path.")
+    chat_template: str | None = Field(
+        None, description="auto, chatml, llama3, mistral, alpaca, exaone, a Jinja text, or a file's path."
+    )
     seed: int = Field(0, ge=0, description="For merges that draw.")
     output: Literal["auto", "checkpoint", "delta"] = Field(
         "auto", description="What is written; auto is a delta where every model is one on the same base."
@@ -141,6 +143,11 @@ class MergePlan(Calibrated, Section):
     evaluate: dict[str, Any] | None = Field(None, description="An audit section, for merges that search.")
     shard: str = Field("5GB", description="Most bytes of one weight file.")
     field_file: bool = Field(False, description="Read from a mergekit file: its conventions hold.")
+
+    @field_validator("dtype", "out_dtype", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return value.removeprefix("torch.") if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one(self) -> MergePlan:
@@ -168,10 +175,10 @@ class MergePlan(Calibrated, Section):
                 yield part.base_model
 
 
-RENAMED = {"merge_method": "method", "base_model": "base"}
+RENAMED = {"merge_method": "method", "base_model": "base", "random_seed": "seed"}
 MERGEKIT = {
     *{"merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"},
-    *{"tokenizer_source", "tokenizer", "chat_template", "name"},
+    *{"tokenizer_source", "tokenizer", "chat_template", "name", "random_seed"},
 }
 OURS = set(MergePlan.model_fields) - {"field_file"} | {"tokenizer_source", "weights"}
 
@@ -291,6 +298,14 @@ def resolve(key: str, scopes: Sequence[Parameters | None], at: Where) -> Any:
     return None
 
 
+def number(value: Any) -> Any:
+    """A text that says a number ('0.5', as quoted or taken from the environment) as that number, all else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _value(setting: Any, at: Where, key: str) -> Any:
     if isinstance(setting, Mapping):
         if "value" not in setting:
@@ -316,6 +331,7 @@ def _value(setting: Any, at: Where, key: str) -> Any:
             if wanted is None or wanted == "*" or at.name and wanted in at.name:
                 return _value(row["value"], at, key)
         return None
+    setting = [number(e) for e in setting]
     if not all(isinstance(e, (int, float)) and not isinstance(e, bool) for e in setting):
         return setting[int(at.t * (len(setting) - 1))]
     scaled = at.t * (len(setting) - 1)

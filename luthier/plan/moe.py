@@ -31,7 +31,9 @@ class Expert(Section):
     @field_validator("positive_prompts", "negative_prompts", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return [] if value is None else [value] if isinstance(value, str) else value
+        rows = [] if value is None else [value] if isinstance(value, str) else value
+        blank = isinstance(rows, list) and not any(not isinstance(r, str) or r.strip() for r in rows)
+        return [] if blank else rows  # [""] is how the field's files write that there is none, for gates that are drawn
 
 
 class MoePlan(Section):

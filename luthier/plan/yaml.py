@@ -50,6 +50,8 @@ def read_yaml(text: str, where: str) -> Any:
         mark = e.problem_mark or e.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         said = " ".join(str(e.problem or e.context or "cannot be read").split())
+        if said == "but found another document":
+            raise LuthierError(f"{where}{line}: several plans in one file (---): make a file of each") from e
         raise LuthierError(f"{where}{line}: broken YAML ({said}): correct that line") from e
     except (yaml.YAMLError, ValueError) as e:
         raise LuthierError(f"{where}: broken YAML ({' '.join(str(e).split())}): correct it") from e

@@ -134,6 +134,7 @@ def _checkpoint(
     if plan.chat_template:
         template_of(plan.chat_template, sources)  # an error before anything is read
     jobs, notes = make_jobs(plan, layout, sources, method, tokens)
+    notes = layout.notes + notes
     each: dict[str, list[float]] = {}
     if method.cls.searches:
         each = _searched(

@@ -151,5 +151,23 @@ CASES: dict[str, dict[str, Any]] = {
     "tied and untied": {"merge_method": "linear", "models": _models("at", "b", weight=0.5), **F32},
     "base tied": {"merge_method": "task_arithmetic", "base_model": "@baset", "models": _models("a", "bt", weight=0.5), **F32},
     "widened": {"merge_method": "arcee_fusion", "base_model": "@base16", "models": _models("a16"), "dtype": "bfloat16"},
+    "numbers in quotes": {
+        "merge_method": "linear", "models": _models("a", "b", weight=("0.25", ["0.1", 0.9, "1e-1"])), "random_seed": 3,
+        "dtype": "torch.float32",
+    },
+    "more models behind": {
+        "merge_method": "ties", "base_model": "@base16", "parameters": {"weight": 0.5, "density": 0.4},
+        "slices": [
+            {"sources": [_part("base16", 0, 2), _part("a16", 0, 2)]},
+            {"sources": [_part("base16", 2, 4), _part("b16", 2, 4), _part("c16", 2, 4, weight=0.9)]},
+        ],
+    },
+    "beyond the models": {
+        "merge_method": "slerp", "base_model": "@base", "models": _models("a"), **F32,
+        "parameters": {"t": [-0.25, 1.5], "embed_slerp": True},
+    },
+    "nothing of one": {
+        "merge_method": "ties", "base_model": "@base", "models": _models("a", "b", weight=0.5, density=([0, 0.5], 0.5)), **F32,
+    },
     "exponent": {"merge_method": "nearswap", "base_model": "@base", "models": _models("a"), "parameters": {"t": 4e-3}, **F32},
 }  # fmt: skip

@@ -23,6 +23,7 @@ from luthier.algebra import loads
 from luthier.algebra.driver import run
 from luthier.algebra.jobs import Method, make_jobs
 from luthier.algebra.layout import lay_out
+from luthier.algebra.outcome import TEMPLATES
 from luthier.algebra.sources import Checkpoint, Tuned, mark_of, open_source
 from luthier.algebra.tensors import read_places
 from luthier.algebra.writer import ShardedFile, Spec, TensorFile, new_folder
@@ -335,24 +336,32 @@ def test_deltas_of_any_form_become_an_exact_one(method: str, deltas: dict[str, P
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_folders_merge_as_peft_merges(shelf: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [("base", {}), ("a16", {}), ("base", {"use_dora": True}), ("a16", {"modules_to_save": ["lm_head"]})],
+    ids=["float32", "bfloat16", "dora", "saved whole"],
+)
+def test_peft_folders_merge_as_peft_merges(
+    base: str, more: dict[str, Any], shelf: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also in 16 bits, where the sum is rounded once; what needs numbers of the base gets them."""
     peft = pytest.importorskip("peft")
-    model = AutoModelForCausalLM.from_pretrained(shelf["base"])
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
-    g = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(shelf[base])
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], **more)
+    tuned, g = peft.get_peft_model(model, config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for n, p in tuned.named_parameters():
-            if "lora_" in n:
-                p.copy_(0.1 * torch.randn(p.shape, generator=g))
+            if "lora_" in n or "modules_to_save" in n:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
     tuned.save_pretrained(tmp_path / "adapter")
     merge(
-        {"merge_method": "passthrough", "models": [{"model": f"{shelf['base']}+{tmp_path / 'adapter'}"}]},
+        {"merge_method": "passthrough", "models": [{"model": f"{shelf[base]}+{tmp_path / 'adapter'}"}]},
         out=tmp_path / "m",
     )
     want = tuned.merge_and_unload().state_dict()
     got = tensors(tmp_path / "m")
-    assert max(float((want[n] - t).abs().max()) for n, t in got.items()) < 1e-6
-    assert any(not torch.equal(t, tensors(shelf["base"])[n]) for n, t in got.items())
+    assert max(float((want[n].float() - t.float()).abs().max()) for n, t in got.items()) < 1e-6
+    assert any(not torch.equal(t, tensors(shelf[base])[n]) for n, t in got.items())
 
 
 def test_a_search_asks_for_scores_and_never_ends_below_its_best(deltas: dict[str, Path], tmp_path: Path) -> None:
@@ -583,6 +592,10 @@ def bad(kind: str, s: dict[str, Path], d: dict[str, Path], tmp: Path) -> tuple[l
             [*two, "task_arithmetic", "--base", base, "weights=[1,-1]", "normalize=true"],
             "task_arithmetic: the weights .* add up to 0.*set normalize: false",
         ),
+        "density of nothing": ([*two, "dare_ties", "--base", base, "density=0"], "a density of 0 leaves nothing"),
+        "selection of nothing": ([*two, "sce", "--base", base, "select_topk=0"], "a select_topk of 0 leaves nothing"),
+        "epsilon turned": ([*two, "della", "--base", base, "density=0.5", "epsilon=-0.1"], "an epsilon below 0"),
+        "beyond": ([a, "-m", "slerp", "--base", base, "t=[0.5,1.5]"], r"t is not between 0 \(the base\) and 1"),
         "arc of nothing": ([*two, "nuslerp", "weights=[1,-1]"], "nuslerp: the weights .* cancel"),
         "no base": ([*two, "ties", "weight=1", "density=0.5"], "needs the base"),
         "weights": ([*two, "linear", "-w", "1", "-w", "-1"], "add up to 0"),
@@ -640,7 +653,14 @@ KINDS = (
     ]
     + ["form", "delta as base", "columns", "inside a source", "sum of nothing", "arc of nothing"]
     + ["delta cut", "delta altered", "probes cut", "no vocabulary", "no shard", "endless shard", "empty gradient"]
-    + ["template of a delta", "tokenizer of a delta"]
+    + [
+        "template of a delta",
+        "tokenizer of a delta",
+        "density of nothing",
+        "selection of nothing",
+        "epsilon turned",
+        "beyond",
+    ]
 )
 
 
@@ -788,6 +808,51 @@ def test_notes_on_parameters_without_effect(shelf: dict[str, Path], tmp_path: Pa
     assert [n for n in notes if "no use for 'gamma'" in n] and not [n for n in notes if "weight" in n]
     notes = merge(lines | {"of": "breadcrumbs"}, out=tmp_path / "crumbs").notes
     assert not [n for n in notes if "gamma" in n]
+
+
+def test_what_the_fields_files_may_ask_for_is_noted(shelf: dict[str, Path], tmp_path: Path) -> None:
+    """Numbers are mergekit's there, where a plan of ours is refused."""
+    plan = {"base_model": str(shelf["base"]), "models": [{"model": str(shelf["a"])}]}
+    made = merge(plan | {"merge_method": "slerp", "parameters": {"t": [0.5, 1.5]}}, out=tmp_path / "arc")
+    assert [n for n in made.notes if re.match(r"slerp: t is not between .* \(\d of \d+ tensors\)", n)]
+    made = merge(plan | {"merge_method": "ties", "parameters": {"density": [0, 0.5]}}, out=tmp_path / "ties")
+    assert [n for n in made.notes if n.startswith("ties: a density of 0 leaves nothing")]
+    part = {"model": str(shelf["base"]), "layer_range": [0, 1]}
+    more = [{"model": str(shelf[n]), "layer_range": [1, 2]} for n in ("base", "a", "b")]
+    plan = {
+        "method": "ties",
+        "base": str(shelf["base"]),
+        "slices": [{"sources": [part, part | {"model": str(shelf["a"])}]}],
+    }
+    plan["slices"].append({"sources": more})
+    ours = merge(plan, out=tmp_path / "ours")
+    theirs = {"merge_method": "ties", "base_model": plan["base"], "slices": plan["slices"]}
+    made = merge(theirs, out=tmp_path / "theirs")
+    assert [n for n in made.notes if "from the first 2 models of the last stretch" in n] and not ours.notes
+    one, other = (tensors(tmp_path / n) for n in ("ours", "theirs"))
+    assert {n for n, t in one.items() if not torch.equal(t, other[n])} == {"lm_head.weight", "model.norm.weight"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_by_name(name: str, shelf: dict[str, Path], tmp_path: Path) -> None:
+    plan = {"merge_method": "linear", "models": [{"model": str(shelf["a"])}], "chat_template": name}
+    merge(plan, out=tmp_path / "m")
+    words = AutoTokenizer.from_pretrained(tmp_path / "m")
+    talk = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
+    said = words.apply_chat_template(
+        [{"role": r, "content": c} for r, c in talk], tokenize=False, add_generation_prompt=True
+    )
+    want = {
+        "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello"
+        "<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
+        "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "mistral": "<s>[INST] Be brief.\n\nHi [/INST] Hello</s>[INST] Bye [/INST]",
+        "alpaca": "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nBye\n\n### Response:\n",
+        "exaone": "[|system|]Be brief.[|endofturn|]\n[|user|]Hi\n[|assistant|]Hello[|endofturn|]\n[|user|]Bye\n[|assistant|]",
+    }
+    assert said == want[name]
 
 
 # -- files and memory

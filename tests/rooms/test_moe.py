@@ -151,6 +151,16 @@ def test_noise_and_scale(place: Path, tmp_path: Path) -> None:
     assert 0.007 < float(down.detach().std()) < 0.013
 
 
+def test_the_fields_ways_of_writing(place: Path, tmp_path: Path) -> None:
+    """[""] where gates are drawn, and an architecture by the beginning of its name: the one that fits the models."""
+    base, one = saved(place, "qwen3", 0), saved(place, "qwen3", 1)
+    rows = [{"source_model": m, "positive_prompts": [""]} for m in (base, one)]
+    stated = {"base_model": base, "experts": rows, "gate_mode": "random", "architecture": "qwen"}
+    assert moe(stated, out=tmp_path / "m").family == "qwen3_moe"
+    with pytest.raises(LuthierError, match="experts.0 has no positive_prompts"):
+        moe(stated | {"gate_mode": "hidden"}, out=tmp_path / "n")
+
+
 def narrower(place: Path) -> str:
     return saved(place, "llama", 1, intermediate_size=24)
 
