@@ -135,7 +135,8 @@ class View:
     @cached_property
     def logits(self) -> Tensor:
         """[N, V] at the supervised tokens only."""
-        return self._rows[: len(self.targets)]
+        rows, n = self._rows, len(self.targets)
+        return rows if len(rows) == n else rows[:n]
 
     @cached_property
     def _rows(self) -> Tensor:

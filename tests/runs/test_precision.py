@@ -10,6 +10,7 @@ import torch
 
 from luthier.delta import FORMS
 from luthier.errors import LuthierError
+from luthier.parts import attention
 from luthier.plan.load import load_plan
 from luthier.training.precision import precision_of
 from luthier.training.run import Training, build
@@ -186,16 +187,24 @@ def test_filled_up_batches_keep_the_causal_kernel(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No mask is made for them, as none is for batches that are not."""
-    seen: set[tuple[bool, bool, int]] = set()
-    real = torch.nn.functional.scaled_dot_product_attention
+    seen: set[tuple[str, bool, int]] = set()
+    own, library = attention.causal_attention, torch.nn.functional.scaled_dot_product_attention
 
-    def attention(q: Any, k: Any, v: Any, attn_mask: Any = None, **rest: Any) -> Any:
-        seen.add((attn_mask is None, rest.get("is_causal", False), q.shape[0] * q.shape[2] % BLOCK))
-        return real(q, k, v, attn_mask=attn_mask, **rest)
+    def ours(q: Any, *rest: Any) -> Any:
+        seen.add(("ours", True, q.shape[0] * q.shape[2] % BLOCK))
+        return own(q, *rest)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    run(world.plan(LORA, train={"precision": "bf16"}, checkpoint={"every": 0}), tmp_path)
-    assert seen == {(True, True, 0)}
+    def theirs(q: Any, k: Any, v: Any, attn_mask: Any = None, **rest: Any) -> Any:
+        seen.add(("library", attn_mask is None and rest.get("is_causal", False), q.shape[0] * q.shape[2] % BLOCK))
+        return library(q, k, v, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(attention, "causal_attention", ours)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", theirs)
+    run(world.plan(LORA, train={"precision": "bf16"}, checkpoint={"every": 0}), tmp_path / "short")
+    assert seen == {("ours", True, 0)}
+    monkeypatch.setattr(attention, "LONGEST", 8)
+    run(world.plan(LORA, train={"precision": "bf16"}, checkpoint={"every": 0}), tmp_path / "long")
+    assert seen == {("ours", True, 0), ("library", True, 0)}
 
 
 def test_positions_are_not_filled_up_beyond_a_table_of_them(world: World, tmp_path: Path) -> None:
