@@ -89,6 +89,11 @@ class _Tensors:
             prefix = name[: found.start()]
             template = f"{prefix}#{name[found.end() :]}"
             self.layers.setdefault(prefix, {}).setdefault(int(found[1]), {})[template] = name
+        gaps = [p for p, table in self.layers.items() if max(table) >= len(table)]
+        for prefix in (
+            gaps if len(gaps) < len(self.layers) else []
+        ):  # no layers: places of a sequence, some without tensors
+            self.loose += [name for place in self.layers.pop(prefix).values() for name in place.values()]
         self.family = str(source.config.get("model_type", ""))
 
     def count(self, prefix: str) -> int:

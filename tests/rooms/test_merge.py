@@ -833,6 +833,18 @@ def test_what_the_fields_files_may_ask_for_is_noted(shelf: dict[str, Path], tmp_
     assert {n for n, t in one.items() if not torch.equal(t, other[n])} == {"lm_head.weight", "model.norm.weight"}
 
 
+def test_places_of_a_sequence_are_no_layers(shelf: dict[str, Path], tmp_path: Path) -> None:
+    """Of two linear layers around an activation (a vision merger's mlp.0 and mlp.2) both are outside the depth."""
+
+    def more(t: dict[str, torch.Tensor]) -> None:
+        t |= {f"visual.merger.mlp.{i}.weight": torch.ones(3, 3) for i in (0, 2)}
+
+    one = altered(shelf["a"], tmp_path / "one", more)
+    plan = {"merge_method": "passthrough", "models": [{"model": one}], "parameters": {"scale": [2.0, 4.0]}}
+    merge(plan, out=tmp_path / "m")
+    assert {float(t.mean()) for n, t in tensors(tmp_path / "m").items() if "merger" in n} == {2.0}
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates_by_name(name: str, shelf: dict[str, Path], tmp_path: Path) -> None:
     plan = {"merge_method": "linear", "models": [{"model": str(shelf["a"])}], "chat_template": name}
