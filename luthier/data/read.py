@@ -238,17 +238,18 @@ def beside(path: Path) -> str:
 
 
 def practice(source: SourceSpec) -> Opened:
-    """`practice:FAMILY[,FAMILY…]` or `practice:all`, the built-in world; the families take turns. With `subset: preferences`
-    two answers to every record, as an honest annotator prefers them."""
+    """`practice:FAMILY[,FAMILY…]` or `practice:all`, the built-in world; the families take turns. One of the user's own is
+    `package:family`. With `subset: preferences` two answers to every record, as an honest annotator prefers them."""
     world = importlib.import_module("luthier.practice.world")
     names = [n.strip() for n in source.path.partition(":")[2].split(",") if n.strip()]
     names = list(world.families()) if names == ["all"] else names
     if not names:
         raise LuthierError(f"data source {source.path}: name a family; families: {', '.join(world.families())}")
-    if unknown := next((n for n in names if n not in world.families()), None):
-        raise LuthierError(
-            f"data source {source.path}: unknown family {unknown!r}; {nearest(unknown, world.families(), 'familie')}"
-        )
+    for name in names:
+        try:
+            world.family_named(name)
+        except LuthierError as e:
+            raise LuthierError(f"data source {source.path}: {e}") from e
     if source.subset not in (None, PREFERENCES):
         raise LuthierError(
             f"data source {source.path} has no subset {source.subset!r}; {nearest(source.subset, [PREFERENCES], 'subset')}"

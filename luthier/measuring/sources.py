@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -19,7 +20,7 @@ from luthier.measuring.items import Item
 from luthier.measuring.rendering import Found, Rendering, expected
 from luthier.parts.verdict import Verdict
 from luthier.plan.schema import AuditSpec, CheckSpec, DataSpec, SourceSpec
-from luthier.sampling.verifiers import VERIFIERS, get_verifier
+from luthier.sampling.verifiers import VERIFIERS, get_verifier, judge
 
 _SEEN = 10_000  # records looked at when drawing the items of a check
 
@@ -171,4 +172,4 @@ def _practice(options: dict[str, Any]) -> Callable[[dict[str, Any], str], Verdic
         said = verify(record, response)
         return Verdict(said.reward, said.reason, said.decided)
 
-    return judged
+    return partial(judge, judged)  # a family may be the user's own

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Iterator
 from functools import cache
 from hashlib import blake2b
+from types import ModuleType
 from typing import Any, cast
 
 from luthier.errors import LuthierError, nearest
@@ -44,14 +45,34 @@ def families() -> tuple[str, ...]:
 
 @cache
 def family_named(name: str) -> Family:
-    """The family of this name. Raises LuthierError for an unknown one, naming the nearest, and for one whose file lacks
-    what every family's has."""
-    if name not in families():
+    """The family of this name, or one of the user's own by "package:family". Raises LuthierError for an unknown one,
+    naming the nearest, and for one whose file lacks what every family's has."""
+    if ":" in name:
+        found = _own(name)
+    elif name in families():
+        found = importlib.import_module(f"{_families.__name__}.{name}")
+    else:
         raise LuthierError(f"practice world: unknown family {name!r}; {nearest(name, families(), 'familie')}")
-    found = importlib.import_module(f"{_families.__name__}.{name}")
     if missing := [part for part in ("ABOUT", "TAUGHT", "make", "verify", "meaning") if not hasattr(found, part)]:
         raise LuthierError(f"practice world: family {name}: {found.__file__} has no {', '.join(missing)}; add it")
     return cast(Family, found)
+
+
+def _own(name: str) -> ModuleType:
+    """The file family.py of the package, or plain folder, that Python finds by the name before the colon."""
+    package, _, family = name.partition(":")
+    if family in families():
+        raise LuthierError(
+            f"practice world: family {name}: the world has a {family} of its own; give the file another name"
+        )
+    if not package or not family:
+        raise LuthierError(f"practice world: family {name!r}: write package:family for the file family.py in package/")
+    try:
+        return importlib.import_module(f"{package}.{family}")
+    except ImportError as e:
+        raise LuthierError(
+            f"practice world: cannot import family {name} ({e}); put the folder that holds {package} on PYTHONPATH"
+        ) from e
 
 
 def taught() -> tuple[str, ...]:
@@ -66,9 +87,14 @@ def untaught() -> tuple[str, ...]:
 
 @cache
 def drawn_as(name: str) -> str:
-    """The name that a family's draws and splits go by: its own, or its module's ``DRAWN_AS``. Families of one such name
-    get the same draws, so that their records stand beside each other one by one and in the same splits."""
-    return getattr(family_named(name), "DRAWN_AS", name)
+    """The name that a family's draws and splits go by: its file's, or its module's ``DRAWN_AS``. Families of one such
+    name get the same draws, so that their records stand beside each other one by one and in the same splits."""
+    return getattr(family_named(name), "DRAWN_AS", _short(name))
+
+
+def _short(name: str) -> str:
+    """The name of a family's file, wherever that lies: a file that is moved keeps its draws, splits and ids."""
+    return name.rpartition(":")[2]
 
 
 def split_of(name: str, key: str) -> str:
@@ -177,7 +203,7 @@ def record_of(name: str, item: Item) -> Record:
         messages.insert(0, {"role": "system", "content": item.system})
     told = f"{item.key}|{item.prompt}{len(item.after) or ''}"
     digest = blake2b(told.encode(), digest_size=6).hexdigest()
-    return {"messages": messages, "answer": item.answer, "family": name, "id": f"{name}-{digest}"}
+    return {"messages": messages, "answer": item.answer, "family": name, "id": f"{_short(name)}-{digest}"}
 
 
 def _drawn(name: str, split: str, seed: int, start: int, difficulty: int | None) -> Iterator[Record]:

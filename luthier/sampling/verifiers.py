@@ -55,7 +55,7 @@ def get_verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifie
     if wrong := [key for key in options if key not in taken and not free]:
         known = list(taken)[2:]
         raise LuthierError(f"metric_options: {name} has no option '{wrong[0]}'; {nearest(wrong[0], known, 'option')}")
-    return partial(_judge, partial(function, **options))
+    return partial(judge, partial(function, **options))
 
 
 def reference(record: Mapping[str, Any]) -> str | None:
@@ -237,7 +237,8 @@ def _after_word(text: str, at: int) -> bool:
     return at > 0 and (text[at - 1].isalnum() or text[at - 1] == ")")
 
 
-def _judge(function: Callable[..., Any], record: Mapping[str, Any], response: str) -> Verdict:
+def judge(function: Callable[..., Any], record: Mapping[str, Any], response: str) -> Verdict:
+    """The function's verdict, a bool or number as one; undecided where it fails or gives no finite reward."""
     try:
         verdict = function(record, response)
         verdict = verdict if isinstance(verdict, Verdict) else Verdict(float(verdict))

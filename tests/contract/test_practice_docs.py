@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from luthier.data.read import read
 from luthier.errors import LuthierError
+from luthier.measuring.sources import choose_metric, default_name
+from luthier.plan.schema import CheckSpec, SourceSpec
 from luthier.practice import families, world
 from luthier.practice.draw import Draw
+from tests.rooms.test_practice_leakage import drawn_wordings, marks, turned
 
 PAGE = (Path(__file__).parents[2] / "docs" / "practice.md").read_text(encoding="utf-8")
 NAME = "earliest"
@@ -42,12 +47,32 @@ def placed(folder: Path, name: str, text: str) -> Iterator[None]:
         forget()
 
 
+def source(family: str, **more: object) -> SourceSpec:
+    return SourceSpec.model_validate({"path": f"practice:{family}", **more})
+
+
+(BLOCK,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
+"""The page's family."""
+
+
 @pytest.fixture
 def example(tmp_path: Path) -> Iterator[str]:
     """The page's family, put into the folder of families for one test."""
-    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
-    with placed(tmp_path, NAME, block):
-        yield block
+    with placed(tmp_path, NAME, BLOCK):
+        yield BLOCK
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder their_lab that Python finds, with the page's family in it."""
+    (folder := tmp_path / "elsewhere" / "their_lab").mkdir(parents=True)
+    (folder / f"{NAME}.py").write_text(BLOCK, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder.parent)
+    forget()
+    yield folder
+    for module in [m for m in sys.modules if m.partition(".")[0] == "their_lab"]:
+        del sys.modules[module]
+    forget()
 
 
 def test_the_worked_example_is_a_family(example: str) -> None:
@@ -67,6 +92,98 @@ def test_the_worked_example_is_a_family(example: str) -> None:
 
 def test_the_example_is_gone_afterwards() -> None:
     assert NAME not in world.families()
+
+
+SHIFTED = 'if shifted else "Which comes first"'
+MISTAKES = {
+    "the prompt": "prompt",
+    "what is asked": "f'{asked} {sorted(named)}'",
+    "a wording that is drawn": "f'{asked} {sorted(named)}'",
+}
+
+
+@pytest.mark.parametrize("key", MISTAKES)
+def test_a_key_that_hangs_on_the_wording_is_found(key: str, example: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "worded").mkdir()
+    assert not marks(NAME) and not [*drawn_wordings(NAME)]
+    drawn = 'if draw.below(2) else "Which comes first"' if key == "a wording that is drawn" else SHIFTED
+    text = example.replace('" ".join(sorted(named)),', f"{MISTAKES[key]},").replace(SHIFTED, drawn)
+    assert (SHIFTED in text) == (drawn == SHIFTED) and MISTAKES[key] in text
+    with placed(folder, "worded", text):
+        assert marks("worded") or [*drawn_wordings("worded")]
+
+
+def test_an_answer_of_an_earlier_turn_that_means_something_else_is_found(example: str, tmp_path: Path) -> None:
+    """Asked again with one animal more: told of both, and meaning either the first or all of them."""
+    (folder := tmp_path / "turns").mkdir()
+    later = example.replace(
+        'response=f"The {answer}.", answer=answer)',
+        'response="The crow.", answer="crow", after=(("assistant", f"The {answer}."), ("user", "And a crow?")))',
+    ).replace("words(said(record))", 'words(" ".join(m["content"] for m in record["messages"]{}))')
+    assert later.count("{})") == 1
+    for name, means, found in (("first", "[:1]", False), ("all", "", True)):
+        with placed(folder, name, later.replace("]{})", f"]{means})")):
+            assert bool(turned(name, "train", 20)) == found
+
+
+def test_a_family_of_ones_own_is_named_where_a_family_is(own: Path, tmp_path: Path) -> None:
+    name, found = f"their_lab:{NAME}", {}
+    for split in world.SPLITS:
+        found[split] = list(world.records(name, split, 30))
+        for record in found[split]:
+            assert record["family"] == name and world.split_of(name, world.meaning(record)) == split
+            assert world.verify(record, record["messages"][-1]["content"]).reward == 1
+            assert world.verify(record, "").reward == 0
+    assert name not in world.families()
+    assert [r.fields for r in read(source(name, split="test", limit=30))] == found["test"]
+    with placed(tmp_path, NAME, BLOCK):  # moved into the package it makes the same records
+        for split, told in found.items():
+            assert list(world.records(NAME, split, 30)) == [record | {"family": NAME} for record in told]
+
+
+def test_another_process_finds_a_family_of_ones_own_by_its_record(own: Path) -> None:
+    record = next(world.records(f"their_lab:{NAME}", "shifted"))
+    code = f"from luthier.practice import world; r = {record!r}; print(world.verify(r, r['messages'][-1]['content']).reward)"
+    run = [sys.executable, "-c", code]
+    there = subprocess.run(run, env={"PYTHONPATH": str(own.parent)}, capture_output=True, text=True)
+    assert there.stdout == "1.0\n", there.stderr
+    gone = subprocess.run(run, env={}, capture_output=True, text=True)
+    assert gone.returncode and "put the folder that holds their_lab on PYTHONPATH" in gone.stderr
+
+
+def test_an_audit_asks_the_verifier_of_a_family_of_ones_own(own: Path) -> None:
+    broken = BLOCK.replace('same(f"The {answer}", response)', 'same(f"The {answer}", response.split()[1])')
+    (own / "broken.py").write_text(broken, encoding="utf-8")
+    for family, reason in ((NAME, "expected"), ("broken", "the verifier failed: IndexError")):
+        asked = source(f"their_lab:{family}", split="test", limit=3)
+        metric = choose_metric(CheckSpec.model_validate({"source": asked}), "causal", [])
+        record = next(read(asked)).fields
+        assert metric.name == "practice" and default_name(asked) == f"their_lab:{family}"
+        assert metric.verify
+        said = metric.verify(record, "cat")
+        assert said.reward == 0 and said.reason.startswith(reason) and said.decided == (family == NAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("their_lab:tracking", "has a tracking of its own; give the file another name"),
+        (
+            "their_lab:nought",
+            "cannot import family their_lab:nought .*put the folder that holds their_lab on PYTHONPATH",
+        ),
+        ("no_lab:mine", "No module named 'no_lab'.*put the folder that holds no_lab on PYTHONPATH"),
+        ("their_lab:", "write package:family"),
+        (":mine", "write package:family"),
+        ("their_lab:empty", r"empty\.py has no ABOUT, TAUGHT, make, verify, meaning; add it"),
+    ],
+)
+def test_a_family_of_ones_own_that_cannot_be_is_one_line(name: str, told: str, own: Path) -> None:
+    for file in ("tracking", "empty"):
+        (own / f"{file}.py").write_text("", encoding="utf-8")
+    with pytest.raises(LuthierError, match=told) as error:
+        list(read(source(name)))
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"data source practice:{name}: ")
 
 
 def test_a_family_that_lacks_a_part_is_told_which(example: str, tmp_path: Path) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
 
 from luthier.errors import LuthierError
+from luthier.practice import draw as drawing
+from luthier.practice import words as vocabulary
 from luthier.practice import world
-from luthier.practice.contract import said, words
+from luthier.practice.contract import Item, said, words
 from luthier.practice.draw import Draw
 from luthier.practice.families._store import House
 
 FAMILIES = world.families()
 SLOW = ("countdown", "errands", "tagging", "ledgers", "repairs")
+WORDED = ("facts", "newcomers", "recall")
+"""Families in which a meaning is a fact in one wording, because an invented fact that was never told cannot be known."""
+JOINED = ("translate", "kellish", "norrish", "ossan")
+"""Families whose shifted tasks are two sentences joined by and, which no plain task is."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,6 +44,101 @@ def test_a_records_meaning_falls_into_its_own_split(family):
         seen[split] = {world.meaning(record) for record in told}
         assert {world.split_of(family, meaning) for meaning in seen[split]} == {split}
     assert not seen["train"] & (seen["test"] | seen["shifted"])
+
+
+class Traced(Draw):
+    """A draw that notes which line of the family asked for each of its values, and gives another value once."""
+
+    __slots__ = ("asked_by", "at", "other", "plain")
+
+    def __init__(self, seed: str, at: int = -1, other: float = 0.0) -> None:
+        super().__init__(seed)
+        self.plain, self.at, self.other = self.real, at, other
+        self.asked_by: list[tuple[str, int]] = []
+        self.real = self._real
+
+    def _real(self) -> float:
+        frame = sys._getframe(1)
+        while frame.f_back and frame.f_code.co_filename == drawing.__file__:
+            frame = frame.f_back
+        self.asked_by.append((f"{frame.f_code.co_filename}:{frame.f_lineno}", frame.f_lasti))
+        value = self.plain()
+        return self.other if len(self.asked_by) - 1 == self.at else value
+
+
+_LISTED = {
+    word.lower()
+    for name, listed in vars(vocabulary).items()
+    if isinstance(listed, list) and name != "SYLLABLES"  # of which "for" is one
+    for word in listed
+}
+
+
+def _told(item: Item) -> list[str]:
+    """The numbers and the world's own words in a task, which no wording changes."""
+    text = " ".join([item.prompt, *(content for _, content in item.after)])
+    return [w for w in words(text) if w.isdigit() or w in _LISTED]
+
+
+def drawn_wordings(family: str, n: int = 900) -> Iterator[str]:
+    """Lines of a family that draw nothing but a wording and yet change the key: in n tasks one draw each is changed, and
+    of 20 and more changes of a line's draw none gave another answer."""
+    make, chosen = world.family_named(family).make, Draw(f"wording/{family}")
+    answers, keys = defaultdict(list), defaultdict(list)
+    for i in range(n):
+        level, shifted = 1 + i % 3, bool(i // 3 % 2)
+        first = make(traced := Traced(f"wording/{family}/{i}"), level, shifted)
+        line = chosen.pick(list(dict.fromkeys(traced.asked_by)))
+        at = chosen.pick([k for k, asker in enumerate(traced.asked_by) if asker == line])
+        again = make(Traced(f"wording/{family}/{i}", at, chosen.real()), level, shifted)
+        if (first.prompt, first.after) != (again.prompt, again.after):
+            answers[line].append(first.answer != again.answer)
+            if first.key != again.key and first.answer == again.answer and _told(first) == _told(again):
+                keys[line].append(f"{line[0]}: {first.key!r} and {again.key!r}")
+    yield from (found[0] for line, found in keys.items() if len(answers[line]) >= 20 and not any(answers[line]))
+
+
+def marks(family: str, n: int = 900) -> set[str]:
+    """Words that often stand in the keys of shifted tasks and in none of plain ones, or the other way round."""
+    make = world.family_named(family).make
+    found = []
+    for shifted in (False, True):
+        draw = Draw(f"marks/{family}/{shifted}")
+        found.append(
+            Counter(w for i in range(n) for w in set(re.findall("[A-Za-z]+", make(draw, 1 + i % 3, shifted).key)))
+        )
+    return {w for a, b in (found, found[::-1]) for w, times in a.items() if times > n / 20 and w not in b}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in WORDED])
+def test_no_wording_makes_another_meaning(family):
+    """A key that says how something is asked for puts one task into two splits. Seen from the draws, and from words that
+    tell shifted keys from plain ones."""
+    n = 300 if family in SLOW else 900
+    assert not [*drawn_wordings(family, n)]
+    assert marks(family, n) == ({"and"} if family in JOINED else set())
+
+
+@pytest.mark.parametrize("family", WORDED)
+def test_wordings_that_are_meanings_are_seen(family):
+    assert [*drawn_wordings(family)]
+
+
+def turned(family: str, split: str, n: int) -> list[str]:
+    """Answers that an earlier turn of n records holds, though they mean something else than the record does."""
+    found = []
+    for record in islice(world.records(family, split), n):
+        for at, message in enumerate(record["messages"][:-1]):
+            if message["role"] == "assistant":
+                cut = record | {"messages": record["messages"][: at + 1], "answer": message["content"]}
+                found += [message["content"]] if world.meaning(cut) != world.meaning(record) else []
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_turn_of_a_conversation_means_what_the_whole_does(family):
+    """A record holds the turns before it. Had they meanings of their own, what one record tells another split would test."""
+    assert not [answer for split in world.SPLITS for answer in turned(family, split, 60)]
 
 
 @pytest.mark.parametrize("family", [f for f in world.untaught() if f != "newcomers"])
