@@ -249,7 +249,7 @@ def practice(source: SourceSpec) -> Opened:
         try:
             world.family_named(name)
         except LuthierError as e:
-            raise LuthierError(f"data source {source.path}: {e}") from e
+            raise LuthierError(f"data source {source.path}: {str(e).removeprefix('practice world: ')}") from e
     if source.subset not in (None, PREFERENCES):
         raise LuthierError(
             f"data source {source.path} has no subset {source.subset!r}; {nearest(source.subset, [PREFERENCES], 'subset')}"

@@ -73,6 +73,8 @@ def _own(name: str) -> ModuleType:
         raise LuthierError(
             f"practice world: cannot import family {name} ({e}); put the folder that holds {package} on PYTHONPATH"
         ) from e
+    except SyntaxError as e:
+        raise LuthierError(f"practice world: family {name} is no Python ({e}); correct it") from e
 
 
 def taught() -> tuple[str, ...]:
