@@ -25,9 +25,12 @@ from luthier.delta.folder import UNWRITABLE
 from luthier.editing.engine import Hook, Seen, Subject, Text, Weights, key
 from luthier.errors import LuthierError
 from luthier.measuring.forward import vocabulary_of
+from luthier.sampling.generate import Sampling, generate, stop_ids
 
 LOGITS = 1 << 25
 """Logits held at once (128 MB in float32)."""
+NEAR = 32
+"""Tokens said from inside a prompt."""
 KINDS = ("linear", "conv1d", "embedding", "norm", "other")
 
 
@@ -57,6 +60,10 @@ class ModelSubject(Subject):
     def working(self) -> Iterator[ModelSubject]:
         """Evaluation mode, nothing trains, parameters in float32; afterwards all is as it was."""
         handle, training = attached(self.model), self.model.training
+        # What stands in for a weight has its gradient; those of the model's own would be computed for nothing.
+        asking = [p for p in self.model.parameters() if p.requires_grad]
+        for p in asking:
+            p.requires_grad_(False)
         held = [(p, p.dtype) for p in self.model.parameters() if p.is_floating_point() and p.dtype != torch.float32]
         for p, _ in held:
             p.data = p.data.float()
@@ -66,6 +73,8 @@ class ModelSubject(Subject):
         finally:
             for p, dtype in held:
                 p.data = p.data.to(dtype)
+            for p in asking:
+                p.requires_grad_(True)
             self.model.train(training)
             if not handle.pieces and not handle.edits:
                 handle.detach()
@@ -149,6 +158,20 @@ class ModelSubject(Subject):
     def passages(self, tokens: int) -> list[Text]:
         return self._general(tokens)
 
+    def near(self, texts: Sequence[Text], count: int) -> list[Text]:
+        g, stop, asked = self.generator("near"), stop_ids(self.model), [t for t in texts if t.start > 1]
+        how = [Sampling(temperature=1.0, seed=2_000_000 + 2 * self.seed + n) for n in (0, 1)]
+        # A turn that a prompt closes is closed as there, and answered; what no turn holds runs on.
+        picked = [asked[n % len(asked)] for n in range(count if asked else 0)]
+        ends = [max((n for n in range(1, t.start) if t.ids[n] in stop), default=t.start) for t in picked]
+        heads = [t.ids[: int(torch.randint(1, n + 1, (1,), generator=g))] for t, n in zip(picked, ends, strict=True)]
+        said = generate(self.model, None, heads, NEAR, 64, stop, how[0])
+        prompts = [(*h, *s, *t.ids[n : t.start]) for h, s, t, n in zip(heads, said, picked, ends, strict=True)]
+        answers = generate(self.model, None, prompts, NEAR, 64, stop, how[1], keep_stop=True)
+        told = [t.ids[t.start : t.end] for t in asked]
+        made = [Text((*q, *a), len(q)) for q, a in zip(prompts, answers, strict=True) if a]
+        return [t for t in made if not any(_holds(t.ids, target) for target in told)]
+
     def generator(self, *names: object) -> torch.Generator:
         text = "/".join(map(str, (self.seed, *names)))
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
@@ -181,6 +204,10 @@ class ModelSubject(Subject):
         name = hashlib.sha256(f"{self.mark}/{self.tokens}/{self.seed}/{site.name}".encode()).hexdigest()[:32]
         root = Path(os.environ.get("LUTHIER_CACHE") or Path.home() / ".cache" / "luthier")
         return root / "moments" / f"{name}.safetensors"
+
+
+def _holds(ids: Sequence[int], part: Sequence[int]) -> bool:
+    return any(tuple(ids[n : n + len(part)]) == tuple(part) for n in range(len(ids) - len(part) + 1))
 
 
 def _read(path: Path, width: int) -> Tensor | None:

@@ -109,6 +109,11 @@ class Subject:
         """General text, about this many tokens of it: every token is a target. Never what the scorecard uses."""
         raise NotImplementedError
 
+    def near(self, texts: Sequence[Text], count: int) -> list[Text]:
+        """What lies near the texts: so many prompts that begin like theirs, from somewhere on in the model's own words at
+        temperature 1, with its answers; of them, what holds no target of theirs. None where no text has a prompt."""
+        raise NotImplementedError
+
     def moment(self, site: Site) -> Tensor:
         """E[k kᵀ] [d_in, d_in] of the site's input over general text, float32."""
         raise NotImplementedError
@@ -253,6 +258,10 @@ def fact_key(s: Subject, module: str, texts: Sequence[Text], weights: Weights) -
     return at_subject(s.run(texts, weights, keep=[module]).inputs[module], texts).mean(0)
 
 
+TOGETHER = 8
+"""Requests whose values are sought in one pass."""
+
+
 @dataclass(frozen=True)
 class Reach:
     """How a fact's new value is found: δ is added to a module's output at the subject in every text, and descends."""
@@ -266,37 +275,54 @@ class Reach:
     """Loss at which the descent ends."""
 
 
-def fact_value(s: Subject, module: str, request: Request, weights: Weights, how: Reach) -> Tensor:
-    """δ [d]: what must be added to the module's output at the subject so that the new target follows.
+def fact_values(s: Subject, module: str, requests: Sequence[Request], weights: Weights, how: Reach) -> Tensor:
+    """δ [n, d]: what must be added to the module's output at each request's subject so that its new target follows.
 
-    Minimised: mean −log p(target) over the request and its prefixed texts, + kl · KL of what follows the essence,
-    + decay · ‖δ‖² / ‖y‖²; ‖δ‖ stays within clamp · ‖y‖. δ is measured in units of y's root mean square, so that one
-    learning rate serves models of any scale (our reading; the authors step on δ itself). Our reading: decay weighs ‖δ‖²;
-    the authors' code has decay · ‖δ‖ / ‖y‖², which depends on the scale.
+    Minimised, for each by itself, TOGETHER in one pass: mean −log p(target) over the request and its prefixed texts, + kl · KL
+    of what follows the essence, + decay · ‖δ‖² / ‖y‖²; ‖δ‖ stays within clamp · ‖y‖. δ is measured in units of y's root mean
+    square, so that one learning rate serves models of any scale (our reading; the authors step on δ itself). Our reading:
+    decay weighs ‖δ‖²; the authors' code has decay · ‖δ‖ / ‖y‖², which depends on the scale.
     """
-    texts = [request.new, *request.prefixed]
-    essence = [request.essence] if request.essence is not None and how.kl else []
-    every = [*texts, *essence]
+    groups = [requests[n : n + TOGETHER] for n in range(0, len(requests), TOGETHER)]
+    return torch.cat([_values(s, module, group, weights, how) for group in groups])
+
+
+def _values(s: Subject, module: str, requests: Sequence[Request], weights: Weights, how: Reach) -> Tensor:
+    asked = [(n, text) for n, q in enumerate(requests) for text in (q.new, *q.prefixed)]
+    about = [(n, q.essence) for n, q in enumerate(requests) if q.essence is not None and how.kl]
+    texts, essence, every = [t for _, t in asked], [t for _, t in about], [t for _, t in (*asked, *about)]
     with torch.no_grad():
         seen = s.run(every, weights, keep=[module])
-        before = seen.logits[len(texts) :]
-        size = at_subject(seen.outputs[module], every)[: len(texts)].norm(dim=-1).mean()
-    unit = size / seen.outputs[module].shape[-1] ** 0.5
-    u = torch.zeros(seen.outputs[module].shape[-1], device=size.device, requires_grad=True)
-    places = torch.zeros(*seen.logits.shape[:2], 1, device=size.device)
-    for n, text in enumerate(every):
-        places[n, text.subject] = 1.0
+        y, before = at_subject(seen.outputs[module], every).float(), seen.logits[len(texts) :]
+    device, rows = y.device, torch.arange(len(every), device=y.device)
+    owner = torch.tensor([n for n, _ in (*asked, *about)], device=device)
+    place = torch.tensor([t.subject for t in every], device=device)
+
+    def means(values: Tensor, at: Tensor) -> Tensor:
+        """[n] mean of values over each request's rows; 0 where it has none."""
+        total = torch.zeros(len(requests), device=device).index_add(0, at, values)
+        return total / torch.bincount(at, minlength=len(requests)).clamp_min(1)
+
+    first, last = owner[: len(texts)], owner[len(texts) :]
+    size = means(y[: len(texts)].norm(dim=-1), first)
+    unit = (size / y.shape[-1] ** 0.5)[:, None]
+    u = torch.zeros(len(requests), y.shape[-1], device=device, requires_grad=True)
+    held, done = u.detach().clone(), torch.zeros(len(requests), dtype=torch.bool, device=device)
 
     def loss(step: int) -> Tensor:
-        out = s.run(every, weights, at={module: lambda y: y + (places * (u * unit)).to(y.dtype)}).logits
-        total = target_nll(out[: len(texts)], texts).mean() + how.decay * (u * unit).square().sum() / size**2
+        added = (u * unit)[owner]
+        out = s.run(every, weights, at={module: lambda h: h.index_put((rows, place), added.to(h.dtype), True)}).logits
+        each = means(target_nll(out[: len(texts)], texts), first) + how.decay * (u * unit).square().sum(-1) / size**2
         if essence:
-            total = total + how.kl * target_kl(out[len(texts) :], before, essence).mean()
-        return total
+            each = each + how.kl * means(target_kl(out[len(texts) :], before, essence), last)
+        done.logical_or_(each.detach() < how.enough)
+        held.copy_(u.detach())
+        return torch.where(done, 0.0, each).sum()  # below `enough` once all are
 
     def clamp(step: int) -> None:
         with torch.no_grad():
-            u.mul_((how.clamp * size / (u * unit).norm().clamp_min(1e-9)).clamp_max(1.0))
+            u.mul_((how.clamp * size[:, None] / (u * unit).norm(dim=-1, keepdim=True).clamp_min(1e-9)).clamp_max(1.0))
+            u[done] = held[done]  # Adam would carry on
 
     descend([u], loss, steps=how.steps, lr=how.lr, after=clamp, enough=how.enough)
     return (u * unit).detach()

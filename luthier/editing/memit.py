@@ -17,7 +17,7 @@ from luthier.editing.engine import (
     at_subject,
     damped,
     fact_key,
-    fact_value,
+    fact_values,
     key,
     layer_at,
     lowrank,
@@ -47,7 +47,7 @@ class MEMIT(FactEdit):
 
     layers: tuple[int, ...] | None = None
     """Which, in any order; default the five up to 0.26 of the depth, or as many as there are."""
-    weight: float = 1.0
+    weight: float = 10.0
     """λ: how many keys' worth the general text counts."""
     decay: float = 0.01
     ridge: float = 0.1
@@ -60,17 +60,13 @@ class MEMIT(FactEdit):
         last = layer_at(None, s, 0.26)
         layers = sorted({layer_at(n, s, 0) for n in self.layers or range(max(0, last - 4), last + 1)})
         top = s.layer(layers[-1])
-        wanted = []
-        for request in requests:
-            delta = fact_value(s, top, request, {}, self.reach)
-            wanted.append(self.hidden(s, top, request, {}) + delta)
+        wanted = self.hidden(s, top, requests, {}) + fact_values(s, top, requests, {}, self.reach)
         now: dict[str, Tensor] = {}
         pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for n, number in enumerate(layers):
             site = one_site(s, self.role, number)
             keys = torch.stack([fact_key(s, site.name, [q.new, *q.prefixed], now) for q in requests])
-            missing = [z - self.hidden(s, top, q, now) for z, q in zip(wanted, requests, strict=True)]
-            share = torch.stack(missing) / (len(layers) - n)
+            share = (wanted - self.hidden(s, top, requests, now)) / (len(layers) - n)
             b, a = spread(keys, share, damped(s.moment(site), self.ridge), self.weight)
             pairs[key(site)] = (s.weight(site), b, a)
             now[key(site)] = s.weight(site) + b @ a
@@ -78,7 +74,10 @@ class MEMIT(FactEdit):
         return {name: lowrank(values[name], a) for name, (_, _, a) in pairs.items()}
 
     @torch.no_grad()
-    def hidden(self, s: Subject, module: str, request: Request, weights: dict[str, Tensor]) -> Tensor:
-        """[d]: the layer's output at the subject, mean over openings."""
-        texts = [request.new, *request.prefixed]
-        return at_subject(s.run(texts, weights, keep=[module]).outputs[module], texts).mean(0)
+    def hidden(self, s: Subject, module: str, requests: Sequence[Request], weights: dict[str, Tensor]) -> Tensor:
+        """[n, d]: the layer's output at each subject, mean over openings."""
+        out = []
+        for q in requests:
+            texts = [q.new, *q.prefixed]
+            out.append(at_subject(s.run(texts, weights, keep=[module]).outputs[module], texts).mean(0))
+        return torch.stack(out)

@@ -16,7 +16,7 @@ from luthier.editing.engine import (
     Subject,
     damped,
     fact_key,
-    fact_value,
+    fact_values,
     key,
     layer_at,
     lowrank,
@@ -45,15 +45,18 @@ class ROME(FactEdit):
     """
 
     layer: int | None = None
-    """Which; default at 0.16 of the depth (GPT-J and Llama 7 B: layers 4 and 5)."""
+    """Which; default the last within 0.19 of the depth (layer 5 of GPT-J and of Llama 7 B, as published)."""
+
+    decay: float = 0.05
 
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
-        site = one_site(s, self.role, layer_at(self.layer, s, 0.16))
+        layer = int(0.19 * (s.layers - 1)) if self.layer is None else layer_at(self.layer, s, 0)
+        site = one_site(s, self.role, layer)
         moment, w = damped(s.moment(site), self.ridge), s.weight(site)
         # A matrix does not feed into its own input: keys stay what they are while it changes.
         a = torch.stack([insert(fact_key(s, site.name, [q.new, *q.prefixed], {}), moment) for q in requests])
         b = w.new_zeros(w.shape[0], len(requests))
         for n, request in enumerate(requests):
-            b[:, n] = fact_value(s, site.name, request, {key(site): w + b @ a}, self.reach)
+            b[:, n] = fact_values(s, site.name, [request], {key(site): w + b @ a}, self.reach)[0]
         b = settled(s, {key(site): (w, b, a)}, requests, Settle(self.settle))[key(site)]
         return {key(site): lowrank(b, a)}

@@ -302,6 +302,26 @@ def test_p360_alternative_labels() -> None:
         assert abs(mean_loss(s, general, out) - was) < 0.1 * was
 
 
+def test_p360_what_is_known_for_certain_is_relabelled() -> None:
+    """A base that is sure of several texts: every one has a label that is not its own token, and learns it."""
+    s = subject("llama")
+    secret = [text(920 + n, 6, 4) for n in range(5)]
+    with s.working():
+        teach(s, secret)
+        assert nll(s, secret).max() < 0.1
+        sites = s.sites(["linear"])
+        raised = moving(s, sites)
+        descend(
+            [*raised.values()], lambda _: target_nll(s.run(secret, raised).logits, secret).mean(), steps=30, lr=1e-3
+        )
+        for t in secret:
+            places, labels = labelled(AlternativeLabels(), s, Request(t), raised)
+            assert labels.tolist() != [t.ids[n + 1] for n in places.tolist()]
+        method = EDITS.make("alternative-labels", {"reinforce_steps": 30, "reinforce_lr": 1e-3, "lr": 3e-3})
+        out = changed(s, method.edit(s, [Request(t) for t in secret]))
+        assert share_right(s, secret, out) == 0
+
+
 def test_p360_reads_the_generic_text() -> None:
     """With a generic text of its own, a label is the base's prediction there, and tokens without counterpart have none."""
     s = subject("llama")

@@ -10,8 +10,20 @@ from torch import Tensor
 
 from luthier.algebra.scorecard import flow
 from luthier.delta import EDITS, FORMS, Site, Small, State
-from luthier.editing.alternative_labels import generic_logits
-from luthier.editing.engine import Settle, Text, fact_key, key, layer_at, one_site, settled, target_kl, target_nll
+from luthier.editing.alternative_labels import generic_logits, log_odds
+from luthier.editing.engine import (
+    Reach,
+    Settle,
+    Text,
+    fact_key,
+    fact_values,
+    key,
+    layer_at,
+    one_site,
+    settled,
+    target_kl,
+    target_nll,
+)
 from luthier.editing.memit import spread
 from luthier.editing.mend import gradients
 from luthier.editing.rome import insert
@@ -58,6 +70,33 @@ def test_rome_on_a_model_is_rank_one_and_meets_its_value(family: str) -> None:
         before = float(target_nll(s.run([q.new]).logits, [q.new]))
         now = {key(site): w + change.p["B"] @ change.p["A"]}
         assert float(target_nll(s.run([q.new], now).logits, [q.new])) < before
+
+
+def test_values_of_many_facts_are_those_of_each() -> None:
+    """Sought together or one by one: each ends where it is enough, is clamped by itself, and nothing else moves it."""
+    s, asked = subject("llama"), requests(5)
+    with s.working():
+        for how in (Reach(), Reach(decay=0.0, enough=1.5, lr=0.3), Reach(clamp=0.1)):
+            alone = torch.cat([fact_values(s, s.layer(0), [q], {}, how) for q in asked])
+            assert torch.allclose(fact_values(s, s.layer(0), asked, {}, how), alone, atol=1e-4) and bool(alone.any())
+        assert len(fact_values(s, s.layer(0), requests(9), {}, Reach(steps=1))) == 9
+        assert all(p.grad is None and not p.requires_grad for p in s.model.parameters()), "none is sought of the base"
+    assert all(p.requires_grad for p in s.model.parameters())
+
+
+def test_what_lies_near_begins_alike_and_tells_no_target() -> None:
+    s, texts = subject("llama"), [text(1), text(2)]
+    end = texts[0].ids[6]
+    s.model.generation_config.eos_token_id = end  # pyright: ignore
+    with s.working():
+        found = s.near(texts, 30)
+        assert found == s.near(texts, 30) and {t.ids[0] for t in found} == {t.ids[0] for t in texts}
+        targets = [t.ids[t.start : t.end] for t in texts]
+        assert not any(t.ids[n : n + 2] in targets for t in found for n in range(len(t.ids)))
+        # The first text closes a turn before its target: so does what lies near it, and is then answered.
+        closing = texts[0].ids[6 : texts[0].start]
+        assert all(t.ids[t.start - 2 : t.start] == closing for t in found if t.ids[0] == texts[0].ids[0])
+        assert s.near([Text(texts[0].ids)], 5) == [], "a text without a prompt has nothing near it"
 
 
 def test_values_settle_behind_their_keys() -> None:
@@ -201,6 +240,15 @@ def test_generic_logits_by_hand() -> None:
     base, raised = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 1.0, 3.0])
     assert generic_logits(base, raised, 2.0).tolist() == [0.0, 2.0, 3.0]
     assert torch.equal(generic_logits(base, raised, 0.0), base)
+
+
+def test_log_odds_by_hand() -> None:
+    """log p / (1 − p); a constant in the logits is nothing; exact also where float32 has p = 1."""
+    z = torch.tensor([[1.0, 2.0, 3.0], [0.0, 40.0, 10.0]])
+    p = z[0].softmax(-1)
+    assert torch.allclose(log_odds(z)[0], (p / (1 - p)).log(), atol=1e-6)
+    assert torch.allclose(log_odds(z + 17.0), log_odds(z), atol=1e-5)
+    assert log_odds(z)[1].tolist() == pytest.approx([-40.0, 30.0 - math.log1p(math.exp(-10.0)), -30.0], abs=1e-4)
 
 
 def test_target_losses_by_hand() -> None:
