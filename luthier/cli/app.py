@@ -7,7 +7,23 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from luthier.cli import compress, data, deltas, demo, diff, doctor, edit, gate, merge, papers, port, rebase, talk, tune
+from luthier.cli import (
+    compress,
+    data,
+    deltas,
+    demo,
+    diff,
+    doctor,
+    edit,
+    gate,
+    merge,
+    papers,
+    port,
+    rebase,
+    serve,
+    talk,
+    tune,
+)
 
 app = typer.Typer(
     name="luthier",
@@ -49,6 +65,7 @@ app.command("rebase")(rebase.rebase)
 app.command("assemble")(port.assemble)
 app.command("generate")(talk.generate)
 app.command("chat")(talk.chat)
+app.command("serve")(serve.serve)
 app.add_typer(data.app, name="data")
 app.command("papers")(papers.papers)
 app.command("doctor")(doctor.doctor)

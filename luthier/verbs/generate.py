@@ -57,7 +57,7 @@ class Speaker:
         check_heat(temperature)
         if draft and not isinstance(self.model, Assembly):
             raise LuthierError("draft: only an assembly has a small model that writes ahead: leave draft out")
-        ids = [self._ids(p, raw) for p in prompts]
+        ids = [self.ids(p, raw) for p in prompts]
         sampling = Sampling(temperature=temperature, seed=seed)
 
         def run() -> list[list[int]]:
@@ -75,7 +75,8 @@ class Speaker:
             answers = run()
         return [self.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
 
-    def _ids(self, prompt: Prompt, raw: bool) -> list[int]:
+    def ids(self, prompt: Prompt, raw: bool) -> list[int]:
+        """Tokens of a prompt: through the chat template, or raw."""
         chat = getattr(self.tokenizer, "chat_template", None)
         if raw or (chat is None and isinstance(prompt, str)):
             return list(self.tokenizer(prompt)["input_ids"])
