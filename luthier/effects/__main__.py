@@ -11,9 +11,10 @@ from typing import Any
 
 from luthier.effects.contract import effect_named, effects, waiting
 from luthier.effects.page import page
-from luthier.effects.run import PROTOCOL, SEEDS, digest, run
+from luthier.effects.run import PROTOCOL, SEEDS, run, text_digest
 from luthier.errors import LuthierError
 from luthier.measuring.report import replace_text
+from luthier.training.lock import locked
 
 OUT = Path("effects-build")
 
@@ -58,7 +59,8 @@ def _run(names: list[str], told: argparse.Namespace) -> None:
     results: dict[str, Any] = json.loads(table.read_text()) if table.is_file() else {}
     results = {name: results[name] for name in results if name in effects()}
     for name in names:
-        results[name] = run(name, told.out, told.workers, told.seeds, _say)
+        with locked(told.out / name):
+            results[name] = run(name, told.out, told.workers, told.seeds, _say)
         for claim in results[name]["claims"]:
             sys.stdout.write(f"{name}: {claim['says']}: {claim.get('reason', results[name].get('waiting'))}\n")
         results = {n: r | {"stale": n not in names and _stale(n, r)} for n, r in sorted(results.items())}
@@ -67,16 +69,9 @@ def _run(names: list[str], told: argparse.Namespace) -> None:
 
 
 def _stale(name: str, told: Mapping[str, Any]) -> bool:
-    """Whether the protocol, the effect, its bench or its base is another than the one that these results are of; where a base is not at
-    hand that is not known, and what was said before stays."""
-    if "key" not in told:
-        return False
-    if told.get("protocol") != PROTOCOL:
-        return True
-    try:
-        return digest(name) != told["key"]
-    except LuthierError:
-        return bool(told.get("stale"))
+    """Whether the protocol, the effect or its bench is another than the one that these results are of. Another build of
+    their base is none: it differs by rounding, which no two processors have in common."""
+    return "key" in told and (told.get("protocol") != PROTOCOL or told.get("text") != text_digest(name))
 
 
 def _say(line: str) -> None:

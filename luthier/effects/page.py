@@ -12,7 +12,8 @@ HEAD = """# Effects in the practice world
 What the papers claim, looked for where the truth is known. Every row is a paired comparison over the same items and seeds,
 five unless it says otherwise, every tuned arm at the smallest of equally many learning rates that is not shown to be worse than the best, the power stated from a pilot before the runs
 that count ([practice.md](practice.md) tells the protocol). A verdict holds in this world; it does not say that a claim is
-right or wrong elsewhere. Differences are method minus baseline; the interval is of 95 %; s.e. are standard errors.
+right or wrong elsewhere. Differences are method minus baseline; the interval is of 95 %; s.e. are standard errors. A base
+that is built anew, on another processor or by another version, differs by rounding and by the end in scores of some points; a key tells the build.
 
     make practice-base NAME=s                     first: most of them are tuned on practice/s
     make effects                                  all of them, two processes; what was run before is not run again
@@ -67,7 +68,7 @@ def _part(name: str, told: Mapping[str, Any]) -> list[str]:
     if told.get("stale"):
         lines += [
             "",
-            "Measured by another protocol, with other settings or on another base than the effect has today; to be run again.",
+            "Measured by another protocol or with other settings than the effect has today; to be run again.",
         ]
     lines += ["", f"Base {told['base']}, {told['seeds']} seeds. Rates tried (score on the tuning items): {rates}."]
     lines += [f"{told['processor_seconds']} seconds of one core in all; key {told['key']}.", ""]

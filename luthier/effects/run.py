@@ -30,13 +30,27 @@ TRIALS = range(1000, 1002)
 """Trial seeds, none of which counts: the first sweeps the rates, all of them at the best rate are the pilot."""
 
 
+def text_digest(name: str) -> str:
+    """Of an effect's own text, that of what it shares with others, of the bench and of what it takes from the world
+    (``origin``): what its results hang on but for the base. A change of training is not seen: another --out runs anew."""
+    return _text(name).hexdigest()
+
+
 def digest(name: str) -> str:
-    """What a cell is kept by: the effect's own text, that of what it shares with others, of the bench and of what it takes
-    from the world (``origin``), and the content of its base, and of its ``LARGE`` one. A change of training is not seen:
-    another --out runs anew."""
+    """What a cell is kept by: the effect's text and the content of its base, and of its ``LARGE`` one. Cells of two builds
+    of a base are not mixed."""
     from luthier.bases.load import load_base
-    from luthier.effects import known, lab
     from luthier.plan.schema import BaseSpec
+
+    effect: Any = effect_named(name)
+    told = _text(name)
+    for base in filter(None, (effect.BASE, getattr(effect, "LARGE", None))):
+        told.update(str(load_base(BaseSpec(name=base)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
+    return told.hexdigest()
+
+
+def _text(name: str) -> blake2b:
+    from luthier.effects import known, lab
 
     effect: Any = effect_named(name)
     told = blake2b(digest_size=8)
@@ -46,9 +60,7 @@ def digest(name: str) -> str:
     texts = [inspect.getsource(part) for part in own]
     for part in (*texts, origin.digest(texts)):
         told.update(part.encode())
-    for base in filter(None, (effect.BASE, getattr(effect, "LARGE", None))):
-        told.update(str(load_base(BaseSpec(name=base)).fingerprint).encode())  # pyright: ignore[reportCallIssue]
-    return told.hexdigest()
+    return told
 
 
 def cell_scores(name: str, cell: Cell, key: str, out: Path) -> Scores:
@@ -128,6 +140,7 @@ def run(
         "papers": list(effect.PAPERS),
         "base": effect.BASE,
         "key": key,
+        "text": text_digest(name),
         "protocol": PROTOCOL,
         "seeds": seeds,
         "arms": {a: {"tried": {f"{r:g}": s for r, s in arm.tried.items()}, "rate": best[a]} for a, arm in arms.items()},

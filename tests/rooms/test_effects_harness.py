@@ -7,9 +7,11 @@ import json
 import linecache
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from luthier.bases import load as loading
 from luthier.effects import known, origin
 from luthier.effects.__main__ import main
 from luthier.effects.contract import Cell, effect_named, effects
@@ -17,6 +19,7 @@ from luthier.effects.page import page
 from luthier.effects.run import digest, run
 from luthier.errors import LuthierError
 from luthier.practice import families, world
+from luthier.training.lock import locked
 
 MADE = '''
 """Made up: `better` gains 20 points at its best rate, `same` none."""
@@ -102,6 +105,33 @@ def test_the_command_writes_what_it_found_and_keeps_what_it_did_not_run(made, tm
     assert main(["planned", *arguments]) == 0
     assert {"made", "planned"} == json.loads((docs / "evidence" / "effects.json").read_text()).keys()
     assert "*waiting for* a piece" in (docs / "effects.md").read_text()
+
+
+def test_results_are_stale_where_the_effect_changed_and_not_where_its_base_was_built_anew(made, tmp_path, monkeypatch):
+    (made / "other.py").write_text(MADE)
+    effects.cache_clear()
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    (docs / "evidence").mkdir(parents=True)
+
+    def stale() -> bool:
+        assert main(["other", "--out", str(out), "--workers", "1", "--record", str(docs)]) == 0
+        return json.loads((docs / "evidence" / "effects.json").read_text())["made"]["stale"]
+
+    assert main(["made", "--out", str(out), "--workers", "1", "--record", str(docs)]) == 0
+    before = digest("made")
+    loaded = loading.load_base
+    monkeypatch.setattr(loading, "load_base", lambda s: SimpleNamespace(fingerprint=f"{loaded(s).fingerprint}x"))
+    assert digest("made") != before and not stale()
+    (made / "made.py").write_text(MADE + "\n# another text\n")
+    sys.modules.pop(f"{known.__name__}.made")
+    delattr(known, "made")
+    assert stale() and "to be run again" in (docs / "effects.md").read_text()
+
+
+def test_two_commands_do_not_run_one_effect_in_one_folder(made, tmp_path, capsys):
+    with locked(tmp_path / "out" / "made"):
+        assert main(["made", "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_bad_words_get_one_line(made, capsys):

@@ -1,4 +1,5 @@
-"""Averages of the weights of runs of one task: of several runs, of other starts, with the base, and over time."""
+"""Averages of the weights of runs of one task, from a start that half knows it: of several runs, of other starts, with the
+start, and over time."""
 
 from __future__ import annotations
 
@@ -7,15 +8,15 @@ from statistics import fmean
 
 from luthier.delta import MERGES
 from luthier.effects.contract import Cell, Claim, Scores
-from luthier.effects.known._merging import Weights, merged, put, weights
+from luthier.effects.known._merging import Weights, merged, put, started, weights
 from luthier.effects.lab import Lab, Model
 from luthier.practice.world import Record
 
-ABOUT = "averages of runs of one task do more on longer prompts than were told than the runs do, and forget less"
+ABOUT = "averages of runs of one task, from a start that half knows it, do more on longer prompts than the runs, and forget less"
 PAPERS = ("P017", "P024", "P080", "P405", "P412", "P430")
 BASE = "practice/s"
-RATES = (5e-4, 1e-3, 2e-3)
-ARMS = {"workers": RATES, "together": RATES, "recycled": RATES, "fast": RATES, "slow": RATES}
+RATES, LONGER = (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)
+ARMS = {"workers": RATES, "together": RATES, "recycled": RATES, "fast": LONGER, "slow": LONGER}
 CHOSEN_BY = "target"
 CLAIMS = (
     Claim("a uniform soup of four is better on longer lists than a run", "workers:single_far", "workers:soup_far", 0.1),
@@ -30,35 +31,40 @@ CLAIMS = (
     Claim("and do more of both tasks", "fast:target", "slow:target", 0.05),
 )
 TASK, LATER, OTHERS = "customs_east", "translate", ("kellish", "sorting", "tagging", "translate")
+FIRST, BEGUN, RATE = 150, 480, 1e-3
+"""Steps of the start, records of each task in it, and its rate."""
 STEPS, RECORDS, ITEMS, CHOICE = 60, 960, 120, 40
 SHARES = (0.3, 0.5, 0.7, 0.9)
 SLOW = "luthier.training.averages:SlowWeights(momentum=0.98, every=1)"
-FULL = {"choice": "full"}
 
 
 def measures(lab: Lab, cell: Cell) -> Scores:
-    """Lists of two and three were told. target: which of such are done right; in the stream of two tasks half of them, and
-    as many items of the second task; earlier: such lists. far: lists of four, log-likelihood of a token of what is right.
-    single: the mean of the runs; first: the first; best: the one that does most of other lists; better: the one of the
-    first two that is better on the longer ones."""
+    """The start was told a little of lists of two, three and four and of other tasks, the runs of lists of two and three; a
+    stream of two tasks, in which something is to be forgotten, starts from the base. target: which of such are done right;
+    in the stream half of them, and as many items of the second task; earlier: such lists. far: lists of four,
+    log-likelihood of a token of what is right. single: the mean of the runs; first: the first; best: the one that does most
+    of other lists; better: the one of the first two that is better on the longer ones."""
     near, far, told = _lists(lab, ITEMS), lab.items(TASK, ITEMS, difficulty=3), _told(lab)
-    if cell.arm == "together":
-        with lab.tuned(told, delta=FULL, steps=STEPS, batch=64) as model:
-            return {"target": model.solves(near), "far": _likely(model, far)}
     if cell.arm in ("fast", "slow"):
         return _stream(lab, told[: 2 * RECORDS], near)
+    first, start = _started(lab)
+    if cell.arm == "together":
+        with lab.tuned(told, delta=_on(start), steps=STEPS, batch=64) as model:
+            return {"target": model.solves(near), "far": _likely(model, far)}
     runs: list[Weights] = []
     for k in range(4):
-        start = {"start_from": _begun(lab, k)} if cell.arm == "recycled" else {}
+        begun = _begun(lab, start, k) if cell.arm == "recycled" else start
         part = told[k * RECORDS : (k + 1) * RECORDS]
-        with lab.tuned(part, delta=FULL | start, steps=STEPS, seed=4 * cell.seed + k) as model:
+        with lab.tuned(part, delta=_on(begun), steps=STEPS, seed=4 * cell.seed + k) as model:
             runs.append(weights(model))
     with lab.untouched() as model:
-        return _averaged(lab, model, runs, near, far)
+        return _averaged(lab, model, first, runs, near, far)
 
 
-def _averaged(lab: Lab, model: Model, runs: Sequence[Weights], near: list[Record], far: list[Record]) -> Scores:
-    base, scores = weights(model), Scores()
+def _averaged(
+    lab: Lab, model: Model, base: Weights, runs: Sequence[Weights], near: list[Record], far: list[Record]
+) -> Scores:
+    scores = Scores()
     tasted, beyond = _lists(lab, ITEMS + CHOICE)[ITEMS:], lab.items(TASK, ITEMS + CHOICE, difficulty=3)[ITEMS:]
 
     def does(new: Weights, asked: list[Record]) -> list[float]:
@@ -92,17 +98,26 @@ def _likely(model: Model, asked: list[Record]) -> list[float]:
 
 def _stream(lab: Lab, told: list[Record], near: list[Record]) -> Scores:
     callbacks = [SLOW] if lab.cell.arm == "slow" else []
-    with lab.tuned(told, delta=FULL, steps=2 * STEPS, callbacks=callbacks) as model:
-        start = {"start_from": model.saved(lab.scratch / "first")}
+    with lab.tuned(told, delta={"choice": "full"}, steps=2 * STEPS, callbacks=callbacks) as model:
+        earlier = model.saved(lab.scratch / "first")
     then = lab.told(LATER, 2 * RECORDS, difficulty=1)
-    with lab.tuned(then, delta=FULL | start, steps=2 * STEPS, callbacks=callbacks) as model:
-        earlier, later = model.solves(near), model.solves(lab.items(LATER, ITEMS - ITEMS // 2, difficulty=1))
-    return {"target": earlier[: ITEMS // 2] + later, "earlier": earlier}
+    with lab.tuned(then, delta=_on(earlier), steps=2 * STEPS, callbacks=callbacks) as model:
+        kept, later = model.solves(near), model.solves(lab.items(LATER, ITEMS - ITEMS // 2, difficulty=1))
+    return {"target": kept[: ITEMS // 2] + later, "earlier": kept}
 
 
-def _begun(lab: Lab, k: int) -> str:
+def _on(folder: str) -> dict[str, str]:
+    return {"choice": "full", "start_from": folder}
+
+
+def _started(lab: Lab) -> tuple[Weights, str]:
+    lists = [lab.told(TASK, BEGUN // 3, difficulty=level) for level in (1, 2, 3)]
+    return started(lab, [*lists, *(lab.told(f, BEGUN, difficulty=1) for f in OTHERS)], FIRST, RATE)
+
+
+def _begun(lab: Lab, start: str, k: int) -> str:
     """A tune of another task."""
-    with lab.tuned(lab.told(OTHERS[k], RECORDS, difficulty=1), delta=FULL, steps=STEPS) as model:
+    with lab.tuned(lab.told(OTHERS[k], RECORDS, difficulty=1), delta=_on(start), steps=STEPS) as model:
         return model.saved(lab.scratch / f"begun-{k}")
 
 
