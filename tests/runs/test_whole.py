@@ -223,7 +223,7 @@ def test_it_answers(made: Made) -> None:
     given = speaker.answer(["aaa", "bb"], max_new_tokens=3)
     assert len(given) == 2 and given == speaker.answer(["aaa", "bb"], max_new_tokens=3, batch_size=1)
     if made.kind.template:
-        assert speaker.tokenizer.decode(speaker._ids("aaa", raw=False)) == "[user] aaa\n[assistant] "
+        assert speaker.tokenizer.decode(speaker.ids("aaa", raw=False)) == "[user] aaa\n[assistant] "
 
 
 def exported(made: Made, to: str, out: Path) -> Path | None:
