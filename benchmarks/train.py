@@ -3,12 +3,15 @@
     python benchmarks/train.py [--records 512] [--what lora full] [--types fp32 bf16] [--repeats 1] [--data FILE]
 
 CPU: a random 29 M Llama on GSM8K, batch 8, maximum length 512, loss on completions, AdamW, LoRA r = 16 on every
-linear layer. GPU: a random 1.1 B Llama on sequences of 2,048 tokens, bf16, TRL with Liger kernels. Every arm is a
-process of its own; arms alternate. Three comparisons: TRL's defaults; TRL grouping by length; and both on identical
-batches in identical order, where the losses must agree within 1 % at every step. Neither learning rate is tuned. A
-fourth arm is the plain loop of benchmarks/plain.py, which says what these cores give without either.
+linear layer. GPU: a random 1.1 B Llama on the same records filled up to 2,048 tokens with others before the question,
+bf16, TRL with Liger kernels (pip install liger-kernel), the first of several GPUs. Every arm is a process of its own;
+arms alternate. Three comparisons: TRL's defaults; TRL grouping by length; and both on identical batches in identical
+order, where the losses must agree within 1 % at every step. Neither learning rate is tuned. A fourth arm is the plain
+loop of benchmarks/plain.py, which says what these cores give without either. TRL recomputes activations by default,
+luthier does not: --checkpointing has it do so too.
 bf16 means: luthier, LoRA: base held in bfloat16, trained numbers float32, no autocast; luthier, full: float32 masters
-under bfloat16 autocast; TRL: bf16=True, which is a float32 model under bfloat16 autocast.
+under bfloat16 autocast; TRL: bf16=True, which is a float32 model under bfloat16 autocast, on a GPU for LoRA a bfloat16
+one.
 Memory is the peak of the resident set while training less what the imports took. Each side has the allocator as it comes:
 luthier sets two of glibc's limits for its process (luthier.bases.hardware.set_malloc), TRL none. On a processor without bfloat16 arithmetic the bf16 arms take the first 16 records only:
 TRL computes in bfloat16 all the same, luthier in float32 (docs/precision.md). The last line is one JSON object.
@@ -17,6 +20,7 @@ TRL computes in bfloat16 all the same, luthier in float32 (docs/precision.md). T
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -24,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,8 @@ GPU = {
     "num_key_value_heads": 4,
     "intermediate_size": 5632,
 }
+LENGTH = {True: 2048, False: 512}
+"""Longest row in tokens, on a GPU and on a CPU."""
 RANK = 16
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -74,20 +81,28 @@ def prepare(folder: Path, data: Path, records: int, gpu: bool) -> None:
     tokenizer.save_pretrained(folder / "base")
     with (folder / "records.jsonl").open("w", encoding="utf-8") as f:
         for k in range(records):
-            made = [rows[(k + j * 997) % len(rows)] for j in range(12 if gpu else 1)]
-            text = "\n".join(r["question"] + "\n" + r["answer"] for r in made[1:])
-            prompt = (text + "\n" if text else "") + made[0]["question"] + "\n"
-            f.write(json.dumps({"prompt": prompt, "completion": made[0]["answer"]}) + "\n")
+            prompt, answer = rows[k % len(rows)]["question"] + "\n", rows[k % len(rows)]["answer"]
+            room = LENGTH[True] - 8 - len(core.encode(prompt + answer).ids)  # 8: the end, and where texts meet
+            for j in itertools.count(1) if gpu else ():
+                other = rows[(k + j * 997) % len(rows)]
+                text = other["question"] + "\n" + other["answer"] + "\n"
+                if (room := room - len(core.encode(text).ids)) < 0:
+                    break
+                prompt = text + prompt
+            f.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
 
 
-def plan_of(folder: Path, what: str, kind: str, length: int) -> dict[str, Any]:
+def plan_of(folder: Path, what: str, kind: str, length: int, checkpointing: bool) -> dict[str, Any]:
     """The run as a luthier plan."""
     delta = {"form": "lora", "rank": RANK, "alpha": RANK, "sites": ["linear"]} if what == "lora" else {"choice": "full"}
     return {
         "base": str(folder / "base"),
         "data": {"train": str(folder / "records.jsonl"), "max_length": length, "cache": False, "stream": False},
         "delta": [delta],
-        "train": {"epochs": 1, "batch_size": 8, "lr": 2e-4, "schedule": "linear", "warmup": 0, "precision": kind, "clip": 1.0},
+        "train": {
+            "epochs": 1, "batch_size": 8, "lr": 2e-4, "schedule": "linear", "warmup": 0, "precision": kind, "clip": 1.0,
+            "checkpointing": checkpointing,
+        },
         "audit": {"enabled": False},
     }  # fmt: skip
 
@@ -99,7 +114,7 @@ def import_the_model() -> None:
     assert LlamaForCausalLM and PreTrainedTokenizerFast
 
 
-def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> dict[str, Any]:
+def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int, checkpointing: bool) -> dict[str, Any]:
     import torch
 
     from luthier.bases.hardware import peak_memory, reset_peak, resident_memory, synchronise
@@ -108,7 +123,7 @@ def luthier_arm(folder: Path, what: str, kind: str, same: bool, length: int) -> 
 
     import_the_model()
     imported = resident_memory()
-    plan = load_plan(plan_of(folder, what, kind, length))
+    plan = load_plan(plan_of(folder, what, kind, length, checkpointing))
     training = build(plan, folder / f"out-{os.getpid()}", progress=False)
     device = training.machine.device
     batches: list[Any] = []
@@ -149,7 +164,8 @@ def trl_arm(folder: Path, what: str, kind: str, how: str, length: int, gpu: bool
     import_the_model()
     imported = resident_memory()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16 if gpu else torch.float32)
+    held = torch.bfloat16 if gpu and what == "lora" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=held)
     config = SFTConfig(
         output_dir=str(folder / f"trl-{os.getpid()}"), per_device_train_batch_size=8, max_length=length, num_train_epochs=1,
         learning_rate=2e-4, bf16=kind == "bf16", completion_only_loss=True, report_to="none", logging_steps=1, save_strategy="no",
@@ -223,8 +239,8 @@ def needed_flops(folder: Path, what: str, gpu: bool, length: int) -> float:
     return total
 
 
-def run_arm(arm: str, folder: Path, what: str, kind: str, gpu: bool) -> dict[str, Any]:
-    """One arm in a process of its own."""
+def run_arm(arm: str, folder: Path, what: str, kind: str, gpu: bool, checkpointing: bool) -> dict[str, Any]:
+    """One arm in a process of its own, which sees one GPU at most."""
     command = [
         sys.executable,
         __file__,
@@ -237,8 +253,10 @@ def run_arm(arm: str, folder: Path, what: str, kind: str, gpu: bool) -> dict[str
         "--types",
         kind,
         *(["--gpu"] if gpu else []),
+        *(["--checkpointing"] if checkpointing else []),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": first})
     if done.returncode:
         raise SystemExit(f"{arm} {what} {kind} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -257,8 +275,9 @@ def main() -> None:
     parser.add_argument("--arm")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="luthier recomputes activations, as TRL does")
     args = parser.parse_args()
-    length = 2048 if args.gpu else 512
+    length = LENGTH[args.gpu]
     if args.arm:
         tool, _, how = args.arm.partition("-")
         what, kind = args.what[0], args.types[0]
@@ -267,7 +286,7 @@ def main() -> None:
 
             out = plain_arm(args.folder, what, kind, length, LINEAR, RANK, args.gpu)
         elif tool == "luthier":
-            out = luthier_arm(args.folder, what, kind, how == "same", length)
+            out = luthier_arm(args.folder, what, kind, how == "same", length, args.checkpointing)
         else:
             out = trl_arm(args.folder, what, kind, how, length, args.gpu)
         print(json.dumps(out))
@@ -277,6 +296,10 @@ def main() -> None:
     from luthier.bases.hardware import has_bf16, peak_flops
 
     gpu = torch.cuda.is_available()
+    if gpu and any(arm.startswith("trl") for arm in args.arms) and find_spec("liger_kernel") is None:
+        raise SystemExit(
+            "TRL's arms on a GPU need Liger kernels: pip install liger-kernel, or leave them out of --arms"
+        )
     slow_bf16 = not gpu and not has_bf16("cpu")
     summary: dict[str, Any] = {}
     for what in args.what:
@@ -288,7 +311,7 @@ def main() -> None:
                 found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}
                 for _ in range(args.repeats):
                     for arm in args.arms:
-                        found[arm].append(run_arm(arm, folder, what, kind, gpu))
+                        found[arm].append(run_arm(arm, folder, what, kind, gpu, args.checkpointing))
                 rate = peak_flops(
                     "cuda" if gpu else "cpu",
                     torch.bfloat16 if kind == "bf16" and not few else torch.float32,

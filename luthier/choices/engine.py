@@ -88,6 +88,12 @@ def _needed(value: Callable[[str], Tensor | None] | None, name: str, what: str) 
     return found.detach().float()
 
 
+def _product(name: str, ctx: ChoiceContext) -> Tensor:
+    """w · g, on the weight's device: gradients are collected on the CPU."""
+    w = _needed(ctx.weight, name, "weight")
+    return w * _needed(ctx.grad, name, "gradient").to(w.device)
+
+
 def _lowrank(name: str, ctx: ChoiceContext, rank: int) -> Tensor:
     w = _needed(ctx.weight, name, "weight")
     if w.dim() < 2:
@@ -101,10 +107,8 @@ SCORES: dict[str, Callable[[str, ChoiceContext, int], Tensor]] = {
     "lowrank-magnitude": _lowrank,
     "gradient": lambda name, ctx, rank: _needed(ctx.grad, name, "gradient").abs(),
     "fisher": lambda name, ctx, rank: _needed(ctx.square, name, "gradient"),
-    "movement": lambda name, ctx, rank: -_needed(ctx.weight, name, "weight") * _needed(ctx.grad, name, "gradient"),
-    "sensitivity": lambda name, ctx, rank: (
-        _needed(ctx.weight, name, "weight") * _needed(ctx.grad, name, "gradient")
-    ).abs(),
+    "movement": lambda name, ctx, rank: -_product(name, ctx),
+    "sensitivity": lambda name, ctx, rank: _product(name, ctx).abs(),
 }
 """Name -> scores in the parameter's own shape. lowrank-magnitude: |W| after keeping `rank` singular directions;
 fisher: mean over rows of the squared gradient; movement: −w·g, positive where w is moving away from zero; sensitivity:

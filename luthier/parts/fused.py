@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 
+def one_kernel(x: Tensor, w: Tensor) -> bool:
+    """Whether the library has the whole norm as one kernel, forwards and backwards: on CUDA, for one type."""
+    return x.device.type == "cuda" and x.dtype == w.dtype
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = w · x / rms(x). Kept: x, w and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        if one_kernel(x, w):
+            out, inverse = torch.ops.aten._fused_rms_norm(x, list(w.shape), w, eps)
+            ctx.save_for_backward(x, w, inverse)
+            return out
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, w, inverse)
@@ -22,15 +31,20 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, w, inverse = ctx.saved_tensors
+        if one_kernel(x, w):
+            wanted = list(ctx.needs_input_grad[:2])
+            grad = grad.to(x.dtype).contiguous()
+            return *torch.ops.aten._fused_rms_norm_backward(grad, x, list(w.shape), inverse, w, wanted), None
         grad_w = None
         if ctx.needs_input_grad[1]:
             grad_w = (grad * x * inverse).flatten(0, -2).sum(0).to(w.dtype)
         if not ctx.needs_input_grad[0]:
             return None, grad_w, None
         # The library's kernel of layer norms takes any mean: with 0 all that is left over is the mean of the gradient.
-        width = x.shape[-1]
+        # A processor's takes float32 beside narrow rows, a device's only their own type.
+        width, gain = x.shape[-1], w.float() if x.device.type == "cpu" else w.to(x.dtype)
         out, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.to(x.dtype), x, [width], torch.zeros_like(inverse), inverse, w.float(), None, [True, False, False]
+            grad.to(x.dtype), x, [width], torch.zeros_like(inverse), inverse, gain, None, [True, False, False]
         )
         return out.add_((grad @ w.to(grad.dtype)).unsqueeze(-1) * inverse / width), grad_w, None
 
@@ -53,7 +67,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    """w · x / sqrt(mean(x²) + eps) over the last dimension; statistics in float32. Shapes [..., d] and [d]."""
+    """w · x / sqrt(mean(x²) + eps) over the last dimension; statistics in float32. Shapes [..., d] and [d].
+
+    On a processor x / rms(x) is rounded to x's type before w multiplies it, on CUDA only the product is.
+    """
     return _RMSNorm.apply(x, w, eps)  # pyright: ignore[reportReturnType]
 
 

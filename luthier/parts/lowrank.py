@@ -56,9 +56,13 @@ def row_norms(w: Tensor, w2: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
     """‖w_i + scale · b_i a‖ for every row i, [out] in float32, without forming B A.
 
     w [out, in], w2 [out] its squared row norms, a [r, in], b [out, r]. Rows where the two terms nearly cancel (the sum
-    below a hundredth of the terms) lose their digits in the Gram sum and are taken directly.
+    below a hundredth of the terms) lose their digits in the Gram sum and are taken directly. On a device b a is formed
+    after all, 4096 rows at a time: which rows cancel could not be asked without waiting for it.
     """
     a, b = a.float(), b.float()
+    if w.device.type != "cpu":
+        rows = zip(w.split(4096), w2.split(4096), b.split(4096), strict=True)
+        return torch.cat([_squared(part.float(), had, scale * (own @ a)) for part, had, own in rows]).sqrt()
     cross = torch.cat([part.float() @ a.t() for part in w.split(4096)])
     own = ((b @ (a @ a.t())) * b).sum(1) * scale**2
     squared = w2 + 2 * scale * (cross * b).sum(1) + own
@@ -67,3 +71,10 @@ def row_norms(w: Tensor, w2: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
         direct = (w[near].float() + scale * (b[near] @ a)).square().sum(1)
         squared = squared.index_copy(0, near, direct)
     return squared.clamp_min(0).sqrt()
+
+
+def _squared(w: Tensor, w2: Tensor, change: Tensor) -> Tensor:
+    """‖w_i + change_i‖² [n], exactly w2 without a change."""
+    squared = w2 + (change * (2 * w + change)).sum(1)
+    near = squared < 0.01 * (w2 + change.square().sum(1))
+    return torch.where(near, (w + change).square().sum(1), squared)

@@ -51,11 +51,11 @@ def power_of_two(size: Tensor) -> Tensor:
 
 
 def hessian(x: Tensor | None, width: int, damp: float = 0.01) -> Tensor:
-    """XᵀX / N + damp · its mean diagonal, [width, width] in float32; where there are no inputs x [N, width] the unit
-    matrix's diagonal."""
+    """XᵀX / N + damp · its mean diagonal, [width, width] in float32 on the CPU, wherever x is; where there are no
+    inputs x [N, width] the unit matrix's diagonal."""
     if x is None or not len(x):
         return torch.ones(width)
-    h = x.float().t() @ x.float() / max(1, len(x))
+    h = (x.float().t() @ x.float() / max(1, len(x))).cpu()
     mean = h.diagonal().mean()
     if not mean > 0:
         return torch.ones(width)

@@ -67,8 +67,9 @@ class SlowWeights(_Average):
 
     @torch.no_grad()
     def __call__(self, event: str, loop: Loop) -> None:
-        if event == "begin" and not self.kept:
-            self.kept = {k: gathered(v).float().clone() for k, v in self.numbers(loop).items()}
+        if event == "begin":  # a checkpoint's lie on the CPU
+            now = {k: gathered(v).float() for k, v in self.numbers(loop).items()}
+            self.kept = {k: self.kept.get(k, v).to(v.device, copy=True) for k, v in now.items()}
         elif event == "step" and loop.progress.step % self.every == 0:
             for name, value in self.numbers(loop).items():
                 self.kept[name].lerp_(gathered(value).float(), 1 - self.momentum)
@@ -110,15 +111,15 @@ class PeriodicStock(_Average):
             self.kept = {k: v for k, v in self.kept.items() if not k.startswith("branch|")}
 
     def merged(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Model Stock of the first branch's end and `now`, about the start of the run."""
+        """Model Stock of the first branch's end and `now`, about the start of the run; on the CPU, as merges are."""
         anchor, branch = self._part("anchor"), self._part("branch")
         return {
-            name: self.merge.merge(Stack(name, [branch[name], gathered(value).float()], anchor[name]))
+            name: self.merge.merge(Stack(name, [branch[name], gathered(value).float().cpu()], anchor[name]))
             for name, value in now.items()
         }
 
     def _keep(self, part: str, values: Mapping[str, Tensor]) -> None:
-        self.kept |= {f"{part}|{k}": gathered(v).float().clone() for k, v in values.items()}
+        self.kept |= {f"{part}|{k}": gathered(v).float().to("cpu", copy=True) for k, v in values.items()}
 
     def _part(self, part: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{part}|"): v for k, v in self.kept.items() if k.startswith(f"{part}|")}

@@ -10,6 +10,7 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list, gather_object
 
+from luthier.bases.hardware import describe
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training.checkpoint import random_states, set_random_states
@@ -28,6 +29,9 @@ HARMLESS = (
     "data.cache",
 )
 """Settings that may differ on resuming: they do not touch the numbers."""
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""Share of the loss by which two passes of the same numbers may differ on a GPU, where some sums have no fixed order; by
+the type of the activations."""
 
 
 def versions() -> dict[str, str | int]:
@@ -38,6 +42,7 @@ def versions() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "threads": torch.get_num_threads(),
+        "device": describe().name,
     }
 
 
@@ -100,7 +105,7 @@ def check(loop: Loop, batches: Any, state: dict[str, Any]) -> dict[str, Any]:
             f"resumed at step {loop.progress.step}, the next records are {where[:2]}…, not {wanted['where'][:2]}…: the data order changed"
         )
     drift = {k: (v, versions()[k]) for k, v in state["certificate"]["versions"].items() if versions()[k] != v}
-    if loss != wanted["loss"] and not drift:
+    if not (drift or same_loss(loss, wanted["loss"], loop.machine)):
         raise LuthierError(
             f"resumed at step {loop.progress.step}, the next loss is {loss!r}, not {wanted['loss']!r}: something that matters changed"
         )
@@ -112,6 +117,12 @@ def check(loop: Loop, batches: Any, state: dict[str, Any]) -> dict[str, Any]:
         "loss_equal": loss == wanted["loss"],
         "changed": {k: list(v) for k, v in drift.items()},
     }
+
+
+def same_loss(loss: float, wanted: float, machine: Machine) -> bool:
+    """Whether two losses are of the same numbers: on a CPU equal, on a GPU within rounding."""
+    allowed = 0.0 if machine.device.type == "cpu" else ROUNDING.get(machine.compute, 0.0)
+    return loss == wanted or abs(loss - wanted) <= allowed * abs(wanted)
 
 
 def gather_random(machine: Machine) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ def set_random_states(state: Mapping[str, Any]) -> None:
     unpack = lambda s: torch.frombuffer(bytearray(base64.b64decode(s)), dtype=torch.uint8)  # noqa: E731
     torch.set_rng_state(unpack(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([unpack(s) for s in state["cuda"]])
+        torch.cuda.set_rng_state_all([unpack(s) for s in state["cuda"][: torch.cuda.device_count()]])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.frombuffer(base64.b64decode(keys), dtype=np.uint32), *rest))
     version, values, gauss = state["python"]

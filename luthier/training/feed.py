@@ -143,7 +143,8 @@ def ready(batch: Batch, base: Base, dtype: torch.dtype) -> Batch:
     room = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     batch = in_blocks(batch, block_of(dtype, base.model.device), room)
     if "segments" in batch:
-        batch["mask_4d"] = segment_mask(batch["segments"], dtype)
+        # [B, 1, T, T]: made where it is read, not carried there.
+        batch["mask_4d"] = segment_mask(batch["segments"].to(base.model.device), dtype)
     if base.kind == "seq2seq":
         batch["decoder_input_ids"] = base.model.prepare_decoder_input_ids_from_labels(batch["target_ids"])
     return batch

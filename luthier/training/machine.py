@@ -163,11 +163,11 @@ class Machine:
 
     def clip(self, parameters: list[nn.Parameter], largest: float | None) -> float:
         """Norm of the whole gradient before clipping it to `largest`."""
-        have = [p for p in parameters if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in have], foreach=True)  # pyright: ignore
+        have, joint = [p for p in parameters if p.grad is not None], self.device.type != "mps"
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in have], foreach=joint)  # pyright: ignore
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if largest is not None and bool(norm > largest):
-            torch.nn.utils.clip_grads_with_norm_(have, largest, norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(have, largest, norm, foreach=joint)
         return float(norm)
 
 

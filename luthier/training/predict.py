@@ -173,9 +173,10 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
             view.__dict__.update(supervised)
             backward(view, objective, handle, precision.context(device))
             view.__dict__.clear()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in numbers if p.grad is not None], foreach=True)
+        joint = device.type != "mps"  # as Machine.clip
+        norm = torch.nn.utils.get_total_norm([p.grad for p in numbers if p.grad is not None], foreach=joint)
         if plan.train.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(numbers, plan.train.clip, norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(numbers, plan.train.clip, norm, foreach=joint)
         update(optimiser, handle)
         optimiser.torch.zero_grad(set_to_none=True)
 
