@@ -190,9 +190,9 @@ def _part(
 ) -> None:
     first = not layout.items
     places = [[refs.index(s.model) for s in part.sources] for part in slices]
-    for part, where in zip(slices, places, strict=True):
-        if len(set(where)) < len(where):
-            twice = next(s.model for s in part.sources if where.count(refs.index(s.model)) > 1)
+    for part in slices:
+        met = [s.model.place for s in part.sources]
+        if twice := next((s.model for s in part.sources if met.count(s.model.place) > 1), None):
             raise LuthierError(f"{twice} is named twice for the same layers: name each model once")
     if first or alone:
         layout.items += _loose(slices[0], places[0], plan, refs, tensors, before=True)

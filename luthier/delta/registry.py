@@ -87,8 +87,9 @@ class Registry(Mapping[str, Any]):
                 plain = isinstance(hint, type) and dataclasses.is_dataclass(hint)
                 values[key] = TypeAdapter(hint, config=None if plain else config).validate_python(value)
             except ValidationError as e:
-                problem = e.errors()[0]
-                raise LuthierError(f"{self.what} '{name}', setting '{key}': {problem['msg']}, got {value!r}") from e
+                said = "; or ".join(dict.fromkeys(problem["msg"] for problem in e.errors()[:2]))
+                shown = key.rstrip("_")  # lambda_
+                raise LuthierError(f"{self.what} '{name}', setting '{shown}': {said}, got {value!r}") from e
         try:
             return cls(**values)
         except (TypeError, ValueError) as e:

@@ -38,6 +38,7 @@ class Antidote(Edit):
     paper: ClassVar[str] = "P351"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha must lie in (0, 1], got {self.alpha}")
 

@@ -56,10 +56,6 @@ class Canonical(Edit):
 
     paper: ClassVar[str] = "P073"
 
-    def __post_init__(self) -> None:
-        if self.ball < 0 or self.vectors < 1:
-            raise ValueError(f"ball must be at least 0 and vectors at least 1, got {self.ball}, {self.vectors}")
-
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         texts, general = [q.new for q in requests], s.passages(self.tokens)
         seen, ball = general[::2], general[1::2]

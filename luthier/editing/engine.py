@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -123,8 +123,12 @@ class Subject:
         raise NotImplementedError
 
 
+COUNTS = ("batch_size", "edits", "epochs", "every", "hidden", "rank", "tokens", "vectors")
+"""Settings that cannot be 0."""
+
+
 class Edit:
-    """Base of all edits: a frozen dataclass of settings and one method. See docs/editing.md."""
+    """Base of all edits: a frozen dataclass of settings, none below 0, and one method. See docs/editing.md."""
 
     task: ClassVar[Literal["edit", "forget"]] = "edit"
     """Which records it takes: a prompt with a new target, or text that is to be forgotten."""
@@ -137,6 +141,12 @@ class Edit:
     folds: ClassVar[bool] = False
     """Whether it works on the weights with all deltas folded in, because it takes weights away."""
     paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # pyright: ignore[reportArgumentType]
+            value, least = getattr(self, f.name), 1 if f.name in COUNTS else 0
+            if isinstance(value, (int, float)) and value < least:
+                raise ValueError(f"{f.name} must be at least {least}, got {value}")
 
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         """Parameter -> its whole new value [d_out, d_in] (kept exactly), or a form with its numbers (added)."""

@@ -55,9 +55,10 @@ class RoseLoRA(Edit):
     paper: ClassVar[str] = "P143"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1 or self.rank < 1:
-            raise ValueError(f"keep must lie in (0, 1] and rank be positive, got {self.keep}, {self.rank}")
-        if self.warm < 0 or self.cool < 0 or self.warm + self.cool > 1:
+        super().__post_init__()
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], got {self.keep}")
+        if self.warm + self.cool > 1:
             raise ValueError(f"warm and cool must be shares, together at most 1, got {self.warm}, {self.cool}")
 
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:

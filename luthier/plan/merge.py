@@ -25,6 +25,12 @@ Parameters = dict[str, Any]
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 
 
+def _whole(name: str) -> str:
+    """A folder's full path; another name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
 class Ref(BaseModel, frozen=True, extra="forbid"):
     """A model by folder or hub name, with a delta or adapter on it where one is named: `base@revision+adapter`."""
 
@@ -53,6 +59,11 @@ class Ref(BaseModel, frozen=True, extra="forbid"):
             own = dict(inner) if isinstance(inner, Mapping) else {"path": inner}
             return own | {"lora": lora.get("path") if isinstance(lora, Mapping) else lora}
         return value
+
+    @property
+    def place(self) -> tuple[str, str | None, str | None]:
+        """The same for all spellings of a folder: `a`, `./a` and `a/`."""
+        return _whole(self.path), self.revision, self.lora and _whole(self.lora)
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""

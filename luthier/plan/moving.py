@@ -76,6 +76,11 @@ class MemberSpec(Section):
     def _listed(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @property
+    def places(self) -> list[str]:
+        """Names and folders that are read."""
+        return [*([self.base.name] if self.base else []), *self.deltas]
+
 
 def _member(value: Any) -> Any:
     """A name or folder stands for a base, or for a delta on the base that it names."""

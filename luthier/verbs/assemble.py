@@ -57,7 +57,8 @@ def assemble(
     do not fit the number of pairs, an `out` that is not empty.
     """
     spec = plan if isinstance(plan, AssembleSpec) else load_moving(AssembleSpec, plan, overrides)
-    place = None if out is None else refuse_existing(out)
+    members = [spec.large, *(m for pair in spec.pairs for m in (pair.expert, pair.base) if m)]
+    place = None if out is None else refuse_existing(out, [p for m in members for p in m.places])
     fusion = MOVES.make(spec.method, spec.settings)
     if not isinstance(fusion, Fusion):
         raise LuthierError(

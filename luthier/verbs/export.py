@@ -35,7 +35,7 @@ def export(
     from luthier.bridge.proof import refuse, same_base
     from luthier.verbs.load import load_base_for
 
-    refuse_existing(out)
+    refuse_existing(out, [delta, base])
     own = delta if isinstance(delta, Delta) else Delta.load(delta)
     name = base if base is not None else own.base.get("name")
     if name is None:

@@ -18,7 +18,7 @@ def import_(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None =
     base: default the one that adapter_config.json names.
     """
     if out is not None:
-        refuse_existing(out)
+        refuse_existing(out, [folder, base])
     from luthier.bridge.peft_config import named_base
 
     on = target(base if base is not None else named_base(folder))

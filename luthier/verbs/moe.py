@@ -27,7 +27,8 @@ def moe(
     by tensor; `gate_mode: hidden` needs the base in memory. sync: wait until the disk holds the weights.
     """
     read = load_moe(plan)
-    refuse_existing(out)
+    models = [read.base_model, *(e.source_model for e in read.every())]
+    refuse_existing(out, [place for ref in models for place in (ref.path, ref.lora)])
     name = str(read.base_model.path)
     base = open_source(name, read.base_model.lora, None, read.base_model.revision)
     opened = [base]

@@ -71,7 +71,7 @@ def rebase(
         raise LuthierError(
             f"{onto} is a delta: name the base to go onto, or export the model it makes (luthier export)"
         )
-    refuse_existing(place)
+    refuse_existing(place, [folder, onto])
     place.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:

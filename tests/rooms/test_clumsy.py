@@ -310,23 +310,23 @@ EDIT = '{"prompt": "The capital of {}", "subject": "France", "target_new": "Rome
 AUDIT = ("--plan", "plan.yaml", "audit.enabled=true", "audit.target=[good.jsonl]")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("export", "delta", "--to", "hf"),
-        ("export", "delta", "--to", "peft"),
-        ("import", "base"),
-        ("compress", "delta"),
-        ("merge", "base", "base+delta", "-m", "linear"),
-        ("diff", "base", "base"),
-        ("port", "delta", "--onto", "base"),
-        ("assemble", "--large", "base", "--expert", "delta"),
-        ("rebase", "delta", "--onto", "base", *AUDIT),
-        ("edit", "base", "edit.jsonl", "-m", "rome"),
-        ("audit", "delta", *AUDIT),
-        ("gate", "base", "delta", *AUDIT),
-    ],
-)
+WRITERS = [
+    ("export", "delta", "--to", "hf"),
+    ("export", "delta", "--to", "peft"),
+    ("import", "base"),
+    ("compress", "delta"),
+    ("merge", "base", "base+delta", "-m", "linear"),
+    ("diff", "base", "base"),
+    ("port", "delta", "--onto", "base"),
+    ("assemble", "--large", "base", "--expert", "delta"),
+    ("rebase", "delta", "--onto", "base", *AUDIT),
+    ("edit", "base", "edit.jsonl", "-m", "rome"),
+    ("audit", "delta", *AUDIT),
+    ("gate", "base", "delta", *AUDIT),
+]
+
+
+@pytest.mark.parametrize("command", WRITERS)
 @pytest.mark.parametrize("out", ["good.jsonl", "good.jsonl/below"])
 def test_a_file_in_the_place_of_the_folder_to_write_is_told_first(
     command: tuple[str, ...], out: str, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
@@ -334,6 +334,13 @@ def test_a_file_in_the_place_of_the_folder_to_write_is_told_first(
     (here / "edit.jsonl").write_text(EDIT)
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda self: pytest.fail("a model was loaded"))
     assert "good.jsonl is no folder that can be written to" in refused(here, capsys, *command, "-o", out)
+
+
+@pytest.mark.parametrize("command", [c for c in WRITERS if c[0] not in ("audit", "gate")])
+def test_nothing_is_written_into_what_is_read(command: tuple[str, ...], here: Path, capsys: Any) -> None:
+    (here / "edit.jsonl").write_text(EDIT)
+    source = "base" if command[0] == "assemble" else command[1]
+    assert f"{source}/in lies in {source}, which is read" in refused(here, capsys, *command, "-o", f"{source}/in")
 
 
 @pytest.mark.parametrize(
@@ -344,8 +351,11 @@ def test_a_file_in_the_place_of_the_folder_to_write_is_told_first(
         (("generate", "base", "-f", "both.jsonl"), "both.jsonl:1: has 'prompt' and 'messages'"),
         (("compress", "base", "base", "-o", "x"), "base changes nothing"),
         (("merge", "base@x", "base+delta", "-m", "linear", "-o", "x"), "has no revision 'x'"),
+        (("merge", "delta", "delta/", "-m", "task_arithmetic", "-o", "x"), "is named twice"),
         (("merge", "empty.yaml", "-o", "x"), "the plan is empty: state its sections"),
         (("edit", "base", "edit.jsonl", "-m", "rome", "-o", "x"), "it is there, and empty"),
+        (("edit", "base", "edit.jsonl", "-m", "rome", "steps=-1", "-o", "x"), "steps must be at least 0, got -1"),
+        (("edit", "base", "edit.jsonl", "-m", "locft", "epochs=0", "-o", "x"), "epochs must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_meant(command: tuple[str, ...], said: str, here: Path, capsys: Any) -> None:

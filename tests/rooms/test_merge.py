@@ -34,7 +34,7 @@ from luthier.bridge.hf import export_hf
 from luthier.bridge.proof import prove
 from luthier.bridge.target import Target, logits_of, target
 from luthier.cli import main
-from luthier.delta import FORMS, Stack
+from luthier.delta import FORMS, MERGES, Stack
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.merging.lines import LiNeS
@@ -710,6 +710,12 @@ def test_a_wrong_plan_names_the_key(plan: dict[str, Any], says: str, tmp_path: P
     with pytest.raises(LuthierError, match=says) as found:
         load_merge(file)
     assert str(file) in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_setting_is_named_as_it_is_written_with_all_that_it_may_be() -> None:
+    for key, said in (("lambda_", "setting 'lambda': .*number"), ("rescale", "valid boolean.*; or: .*'by_density'")):
+        with pytest.raises(LuthierError, match=said):
+            MERGES.make("dare_linear", {key: "much"})
 
 
 @pytest.mark.parametrize(
