@@ -713,7 +713,7 @@ def test_a_wrong_plan_names_the_key(plan: dict[str, Any], says: str, tmp_path: P
 
 
 def test_a_setting_is_named_as_it_is_written_with_all_that_it_may_be() -> None:
-    for key, said in (("lambda_", "setting 'lambda': .*number"), ("rescale", "valid boolean.*; or: .*'by_density'")):
+    for key, said in (("lambda_", "setting 'lambda': .*number"), ("rescale", "valid boolean.*; or .*'by_density'")):
         with pytest.raises(LuthierError, match=said):
             MERGES.make("dare_linear", {key: "much"})
 
