@@ -57,10 +57,11 @@ def row_norms(w: Tensor, w2: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
 
     w [out, in], w2 [out] its squared row norms, a [r, in], b [out, r]. Rows where the two terms nearly cancel (the sum
     below a hundredth of the terms) lose their digits in the Gram sum and are taken directly. On a device b a is formed
-    after all, 4096 rows at a time: which rows cancel could not be asked without waiting for it.
+    after all, 4096 rows at a time: which rows cancel could not be asked without waiting for it. Nor could a traced tensor,
+    which has no values.
     """
     a, b = a.float(), b.float()
-    if w.device.type != "cpu":
+    if w.device.type != "cpu" or hasattr(w, "fake_mode"):
         rows = zip(w.split(4096), w2.split(4096), b.split(4096), strict=True)
         return torch.cat([_squared(part.float(), had, scale * (own @ a)) for part, had, own in rows]).sqrt()
     cross = torch.cat([part.float() @ a.t() for part in w.split(4096)])

@@ -25,6 +25,7 @@ from luthier.training import certificate
 from luthier.training.averages import PeriodicStock, SlowWeights
 from luthier.training.fast import Pruner
 from luthier.training.view import HeadSelector, View
+from luthier.verbs.dry_run import dry_run
 from tests.contract.test_objectives import EVERY, FAMILY, records
 from tests.elsewhere import THERE, Elsewhere, There, bring, run_there
 from tests.runs.support import World, assert_same, interrupted, run
@@ -194,6 +195,12 @@ def test_row_norms_without_asking_the_device() -> None:
         found = row_norms(w, w2, a, b, 2.0).cpu().double()
         assert torch.equal(row_norms(w, w2, a, torch.zeros_like(b), 2.0).cpu(), w2.sqrt().cpu())
     assert torch.allclose(found, wanted, rtol=2e-3)
+
+
+def test_dora_is_predicted(world: World) -> None:
+    """A dry run has no values to ask either."""
+    found = dry_run(world.plan({"form": "dora", "rank": 4}))
+    assert found.tensors > found.weights > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
