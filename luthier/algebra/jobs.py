@@ -23,6 +23,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+SHARES = {"density", "gamma"}
+"""Parameters that are shares in every merge that has them."""
 GONE = {"embed_slerp"}
 """Parameters of older mergekits, without effect in today's; some of the field's files still state them."""
 
@@ -35,6 +37,16 @@ class Method:
         self.cls: type[Merge] = MERGES[name]
         self.fields = {f.name.rstrip("_"): f for f in dataclasses.fields(self.cls)}  # pyright: ignore[reportArgumentType]
         self._made: dict[tuple[Any, ...], Merge] = {}
+
+    def foresee(self, plan: MergePlan) -> None:
+        """Raises LuthierError for parameters that no tensor could have: names and settings stated for all, shares."""
+        _strangers(plan, self)
+        stated = {k: v for k, v in plan.parameters.items() if not isinstance(v, (list, Mapping))}
+        MERGES.make(self.name, {self.fields[k].name: v for k, v in stated.items() if k in self.fields})
+        for key in SHARES & set(self.cls.each) & set(stated):
+            value = number(stated[key])
+            if isinstance(value, (int, float)) and not 0 <= value <= 1:
+                raise LuthierError(f"{key} {value} is out of range: give a number from 0 to 1")
 
     def at(self, item: Item) -> Merge:
         """The merge at one tensor."""

@@ -44,7 +44,7 @@ def load_stages(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
 
     overrides: 'lists.train.steps=2' for the stage called lists, 'tune.train.steps=2' for every stage of a verb.
     Errors: LuthierError naming the stage: an unknown verb or key, a name twice, a reference to no earlier stage, and
-    whatever is wrong with a run's plan. The other verbs check their own settings when they are called.
+    whatever is wrong with a run's plan. The settings of other verbs are checked by `luthier.verbs.foresee`.
     """
     where, raw = ("plan", copy.deepcopy(dict(source))) if isinstance(source, Mapping) else read_plan(source)
     for key in raw:

@@ -99,7 +99,7 @@ def edit(
     in the result ('parent0-…'), or, where the edit takes their weights away or they move the base's own parameters, are
     worked into it exactly. Errors: LuthierError in one line; nothing is written then.
     """
-    spec, method = _understood(plan, overrides)
+    spec, method = understood(plan, overrides)
     folder = refuse_existing(out, [*spec.deltas, spec.base if isinstance(spec.base, str) else spec.base.name])
     records = _records(spec.records, method.task)
     parents = [_parent(path) for path in spec.deltas]
@@ -159,7 +159,10 @@ def score(
     )
 
 
-def _understood(plan: Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str]) -> tuple[EditPlan, Edit]:
+def understood(
+    plan: Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[EditPlan, Edit]:
+    """The checked plan and its method. Errors: LuthierError naming the key and what was meant."""
     where, raw = ("edit", dict(plan)) if isinstance(plan, Mapping) else read_plan(plan)
     for stated in overrides:
         override(raw, stated)

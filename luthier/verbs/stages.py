@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import shutil
@@ -16,10 +15,11 @@ from typing import Any
 
 from luthier.delta.folder import refuse_existing
 from luthier.delta.header import read_header
-from luthier.errors import LuthierError, nearest
+from luthier.errors import LuthierError
 from luthier.measuring.report import replace_text
 from luthier.plan.stages import Stage, load_stages, references, resolved
 from luthier.training.lock import locked
+from luthier.verbs.foresee import foresee
 
 RECORD = "stages.json"
 """File of the chain's folder that says which stages are done, with their settings and what they took."""
@@ -53,6 +53,7 @@ def run_stages(
     that holds a chain already; a stage's folder that this chain did not write.
     """
     stages = load_stages(source, overrides)
+    foresee(stages)
     folder = Path(out)
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(folder) if first else nullcontext():
@@ -142,12 +143,6 @@ def _diff(settings: Mapping[str, Any], out: Path) -> Any:
     """The delta between two checkpoints; the settings are the verb's own."""
     from luthier.verbs.diff import diff
 
-    known = [name for name in inspect.signature(diff).parameters if name != "out"]
-    for key in settings:
-        if key not in known:
-            raise LuthierError(f"diff: unknown key '{key}': {nearest(key, known, 'key')}")
-    if missing := [key for key in known[:2] if key not in settings]:
-        raise LuthierError(f"diff: states no {missing[0]}: write diff: {{base: …, tuned: '@name of a stage'}}")
     return diff(**settings, out=out)
 
 
@@ -156,9 +151,7 @@ def _audit(settings: dict[str, Any], stages: Sequence[Stage], folders: Mapping[s
     from luthier.verbs.audit import audit
 
     spec = dict(settings)
-    delta = spec.pop("delta", None)
-    if not isinstance(delta, str):
-        raise LuthierError("audit: states no delta: write delta: '@name of a stage'")
+    delta = spec.pop("delta")
     plan = next((resolved(s.settings, folders) for s in stages if s.verb == "tune"), None)
     if "plan" in spec:
         plan = spec.pop("plan")

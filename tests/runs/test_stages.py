@@ -103,6 +103,32 @@ def test_what_is_wrong_is_one_line(rows: list[Any], problem: str) -> None:
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("verb", "settings", "said"),
+    [
+        ("merge", {"models": ["@first"], "method": "ties", "density": 2}, "density 2 is out of range"),
+        ("merge", {"models": ["@first"], "method": "ties", "densty": 0.5}, "did you mean 'density'"),
+        ("merge", {"models": ["@first"], "method": "tise"}, "did you mean 'ties'"),
+        ("merge", {"models": ["@first"], "method": "lines", "beta": "x"}, "setting 'beta'"),
+        ("compress", {"delta": "@first", "method": "compeft", "density": 0}, "density must lie in"),
+        ("compress", {"delta": "@first", "methd": "compeft"}, "methd"),
+        ("edit", {"base": "practice", "records": "practice:edits", "method": "rome", "steps": -1}, "at least 0"),
+        ("port", {"delta": "@first", "onto": "practice", "scale": "x"}, "setting 'scale'"),
+        ("assemble", {"large": "practice", "expert": "@first", "method": "prxy"}, "did you mean 'proxy'"),
+        ("diff", {"base": "practice"}, "states no tuned"),
+        ("audit", {"delta": "@first", "target": ["practice:sorting"], "items": 0}, "audit.items"),
+        ("audit", {"delta": "@first"}, "names nothing to measure"),
+    ],
+)
+def test_what_a_later_stage_cannot_have_is_told_before_anything_runs(
+    verb: str, settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    chain = {"stages": [{"name": "first", "tune": RUN}, {"name": "then", verb: settings}]}
+    with pytest.raises(LuthierError, match=f"stage 'then': .*{said}") as e:
+        run_stages(chain, out=tmp_path / "out", progress=False)
+    assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
+
+
 def test_errors_name_the_stage(tmp_path: Path) -> None:
     chain = {"stages": [{"name": "measured", "audit": {"target": ["practice:sorting"]}}]}
     with pytest.raises(LuthierError, match=r"stage 'measured': audit: states no delta"):
