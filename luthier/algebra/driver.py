@@ -115,14 +115,15 @@ def run(
     reader = Reader(jobs, sources, ahead, crew.over)
     writer = _Writer(write, reader.pool, ahead // 2)
     team = _Team(reader, writer, crew, seed, measured or {}, progress, {} if notes is None else notes)
-    workers = [threading.Thread(target=team.work, daemon=True) for _ in range(crew.threads)]
+    ended = threading.Semaphore(0)
+    workers = [threading.Thread(target=team.work, args=(ended,), daemon=True) for _ in range(crew.threads)]
     reader.start()
     writer.start()
     try:
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join()
+        for _ in workers:
+            ended.acquire()  # no join: Python 3.11 takes a thread for ended whose join is interrupted
     except BaseException as e:  # an interrupt
         team.fail(e)
         raise
@@ -168,7 +169,8 @@ class _Team:
             self._turn.notify_all()
         self.reader.stop()
 
-    def work(self) -> None:
+    def work(self, ended: threading.Semaphore) -> None:
+        """Merges until nothing is left; tells `ended`."""
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
@@ -181,6 +183,8 @@ class _Team:
                     del load
         except BaseException as e:  # noqa: BLE001 - raised again by the thread that waits for this one
             self.fail(e)
+        finally:
+            ended.release()
 
     def _merge(self, load: Load) -> None:
         stack = _stack(load, self.seed, self.measured)

@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from luthier.algebra import loads
+from luthier.algebra import driver, loads
 from luthier.algebra.driver import run
 from luthier.algebra.jobs import Method, make_jobs
 from luthier.algebra.layout import lay_out
@@ -914,6 +917,31 @@ def test_an_error_of_any_thread_arrives(shelf: dict[str, Path]) -> None:
     seen: list[str] = []
     run(jobs, sources, lambda name, tensor: seen.append(name), ahead=1)
     assert seen == [j.item.name for j in jobs]
+
+
+def test_an_interrupt_waits_for_the_threads(shelf: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that still works when the interpreter ends takes the process down."""
+    plan = load_merge({"method": "linear", "models": [str(shelf["a"]), str(shelf["b"])], "weight": 1})
+    sources = [open_source(str(shelf[n])) for n in "ab"]
+    jobs, _ = make_jobs(plan, lay_out(plan, sources, False), sources, Method("linear"))
+    merged, threads, ended = driver._merged, torch.get_num_threads(), threading.Event()
+
+    def slow(*given: Any) -> torch.Tensor:
+        time.sleep(0.1)  # until the other waits
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.2)
+        ended.set()
+        return merged(*given)
+
+    monkeypatch.setattr(driver, "_merged", slow)
+    torch.set_num_threads(1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(jobs, sources, lambda name, tensor: None)
+        assert ended.is_set()
+    finally:
+        ended.wait(1)
+        torch.set_num_threads(threads)
 
 
 LIMITED = """
