@@ -69,7 +69,7 @@ def generate(
             raise LuthierError(f"prompt {number} is empty; give it at least one token (the start token)")
         if room is not None and len(prompt) >= room:
             raise LuthierError(f"prompt {number} has {len(prompt)} tokens, the model {room} positions; shorten it")
-    draws = _draws(len(prompts), max_new_tokens, sampling)
+    draws = _draws(len(prompts), max_new_tokens if room is None else min(max_new_tokens, room), sampling)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     answers: list[list[int]] = [[] for _ in prompts]
     start = _start_two_stacks if two_stacks else _start

@@ -127,6 +127,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     return [_prompt(line, f"{path}:{n}") for n, line in numbered]
 
 
+def wrong_message(messages: Sequence[Any]) -> str | None:
+    """What a template cannot read in messages; None where each has a role and content."""
+    for n, message in enumerate(messages):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+            return f"messages.{n} has no 'role' and 'content'"
+        if not (isinstance(message["content"], (str, list)) or message.get("tool_calls")):
+            return f"messages.{n}.content is no text"
+    return None
+
+
 def _prompt(line: str, where: str) -> Prompt:
     try:
         row = json.loads(line)
@@ -137,11 +147,8 @@ def _prompt(line: str, where: str) -> Prompt:
     if messages is not None and row.get("prompt"):
         raise LuthierError(f"{where}: has 'prompt' and 'messages': leave one of them out")
     if isinstance(messages, list) and messages:
-        for n, message in enumerate(messages):
-            if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
-                raise LuthierError(f"{where}: messages.{n} has no 'role' and 'content': correct that line")
-            if not (isinstance(message["content"], (str, list)) or message.get("tool_calls")):
-                raise LuthierError(f"{where}: messages.{n}.content is no text: correct that line")
+        if wrong := wrong_message(messages):
+            raise LuthierError(f"{where}: {wrong}: correct that line")
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not asked:
             raise LuthierError(f"{where}: 'messages' holds an answer and nothing that asks for it: correct that line")

@@ -19,7 +19,7 @@ from luthier.attach.assembly import Assembly, switch
 from luthier.errors import LuthierError, nearest
 from luthier.sampling.generate import Sampling, stop_ids
 from luthier.sampling.generate import generate as decode
-from luthier.verbs.generate import Prompt, Speaker, check_heat
+from luthier.verbs.generate import Prompt, Speaker, check_heat, wrong_message
 
 BARE = "base"
 """The model name under which the deltas are switched off; of an assembly, the large model alone."""
@@ -44,7 +44,7 @@ class Request(BaseModel):
     """As OpenAI has it, 1 where it is left out."""
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int = Field(0, ge=0)
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**32)
     stop: str | list[str] | None = None
     stream: bool = False
 
@@ -56,7 +56,7 @@ class Server:
         self.speaker, self.name, self.most, self.lock = speaker, name, max_new_tokens, Lock()
         self.since, self.ends = int(time.time()), stop_ids(speaker.model, speaker.tokenizer)
         handle = None if isinstance(speaker.model, Assembly) else switch(speaker.model)
-        self.names = [name] if handle is not None and not handle.pieces else [name, BARE]
+        self.names = [name] if name == BARE or (handle is not None and not handle.pieces) else [name, BARE]
 
     def models(self) -> dict[str, Any]:
         """The list of /v1/models."""
@@ -108,6 +108,8 @@ def _prompts(asked: Request, chat: bool) -> Sequence[Prompt]:
     wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
     if not getattr(asked, wanted) or getattr(asked, other):
         raise LuthierError(f"{wanted}: give this, and no {other}")
+    if wrong := wrong_message(asked.messages or []):
+        raise LuthierError(f"{wrong}: correct that")
     return [asked.messages or []] if chat else [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt or []
 
 

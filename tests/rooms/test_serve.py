@@ -88,12 +88,21 @@ def test_seeds(server: Server) -> None:
         (False, {"messages": ASKED}, "prompt: give this, and no messages"),
         (False, {"prompt": "a", "temperature": -1}, "temperature: -1.0 is no finite number"),
         (True, {"messages": [{"role": "wizard", "content": "a"}]}, "wizard"),
+        (True, {"messages": [{"content": "a"}]}, "messages.0 has no 'role' and 'content': correct that"),
+        (True, {"messages": [{"role": "user", "content": None}]}, "messages.0.content is no text"),
+        (False, {"prompt": ["a", ""]}, "prompt 1 is empty"),
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_refused(server: Server, chat: bool, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(LuthierError, match=said):
         ask(server, chat, **fields)
     assert ask(server, prompt="a", user="me", n=1, presence_penalty=0)["choices"]
+
+
+def test_more_tokens_are_asked_for_than_there_are_positions(server: Server) -> None:
+    """No memory is taken for tokens that cannot be."""
+    given = ask(server, prompt="a b", temperature=1.0, seed=1, max_tokens=10**12)
+    assert given["usage"]["total_tokens"] <= server.speaker.model.config.max_position_embeddings
 
 
 def test_a_model_that_is_not_served(server: Server) -> None:
