@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.delta import EDITS, Small
-from luthier.editing.engine import Edit, Request, Subject, drift, key, moving, target_nll
+from luthier.editing.engine import COUNT, Edit, Request, Subject, drift, key, moving, target_nll
 from luthier.parts.descent import descend, shuffled
 
 FURTHEST = 64
@@ -52,7 +52,7 @@ class AlternativeLabels(Edit):
     steps: int = 80
     """On the labels. They are met after a few; the rest take back what that moved of general text."""
     lr: float = 1e-4
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata=COUNT)
     keep: float = 2.0
     """Weight of KL(base ‖ tuned) beside the labels, on general text and on what the base says from inside the texts'
     prompts, their own targets left out (ours; 0 is the published form)."""

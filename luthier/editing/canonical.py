@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luthier.delta import EDITS, Site, Small
 from luthier.editing.engine import (
+    COUNT,
     Edit,
     Request,
     Subject,
@@ -37,7 +38,7 @@ class Canonical(Edit):
     Backpack. General text for the choice is other than for the ball. Source: Hewitt et al. 2024 (P073).
     """
 
-    vectors: int = 10
+    vectors: int = field(default=10, metadata=COUNT)
     """Chosen for each request."""
     contrast: float = 1.0
     """Weight of general text in the score."""
@@ -46,12 +47,12 @@ class Canonical(Edit):
     """Largest relative rise of general loss; 0.001, 0.0001 and 0.00001 in the paper."""
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     steps: int = 20
-    batch_size: int = 8
-    every: int = 2
+    batch_size: int = field(default=8, metadata=COUNT)
+    every: int = field(default=2, metadata=COUNT)
     """Steps between two looks at the ball."""
     role: str = "ffn.down"
     unit: Literal["out", "in"] = "out"
-    tokens: int = 4000
+    tokens: int = field(default=4000, metadata=COUNT)
     """Of general text, half for the choice and KL, half for the ball."""
 
     paper: ClassVar[str] = "P073"

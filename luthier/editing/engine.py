@@ -123,8 +123,8 @@ class Subject:
         raise NotImplementedError
 
 
-COUNTS = ("batch_size", "edits", "epochs", "every", "hidden", "rank", "tokens", "vectors")
-"""Settings that cannot be 0."""
+COUNT = {"least": 1}
+"""Metadata of a setting that cannot be 0: `rank: int = field(default=4, metadata=COUNT)`."""
 
 
 class Edit:
@@ -144,7 +144,7 @@ class Edit:
 
     def __post_init__(self) -> None:
         for f in fields(self):  # pyright: ignore[reportArgumentType]
-            value, least = getattr(self, f.name), 1 if f.name in COUNTS else 0
+            value, least = getattr(self, f.name), f.metadata.get("least", 0)
             if isinstance(value, (int, float)) and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luthier.delta import EDITS, Site, Small
 from luthier.editing.engine import (
+    COUNT,
     Edit,
     Request,
     Subject,
@@ -45,8 +46,8 @@ class LocFT(Edit):
     role: str = "ffn.down"
     """Which weight of it; 'layer' for all its linear maps at once (our reading)."""
     lr: float = 2e-3
-    batch_size: int = 100
-    epochs: int = 100
+    batch_size: int = field(default=100, metadata=COUNT)
+    epochs: int = field(default=100, metadata=COUNT)
     enough: float = 0.01
     """Mean loss, in nats a token, at which learning stops."""
     order: Literal["breadth", "depth"] = "breadth"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.delta import EDITS, Site, Small
-from luthier.editing.engine import Edit, Request, Subject, Text, key, lowrank, target_kl, target_nll
+from luthier.editing.engine import COUNT, Edit, Request, Subject, Text, key, lowrank, target_kl, target_nll
 from luthier.errors import LuthierError
 from luthier.parts.descent import shuffled, step_on
 from luthier.parts.gradient_nets import Factors, Nets
@@ -32,13 +32,13 @@ class MEND(Edit):
     roles: tuple[str, ...] = ("ffn.up", "ffn.down")
     layers: tuple[int, ...] | None = None
     """Default the last three."""
-    hidden: int = 128
+    hidden: int = field(default=128, metadata=COUNT)
     """Width of the low-rank blocks (1,920 in the paper)."""
     rate: float = 1.0
     """Where every layer's learnt rate starts."""
     lr: float = 1e-3
     steps: int = 300
-    edits: int = 4
+    edits: int = field(default=4, metadata=COUNT)
     """Requests in one step of learning, each an edit of its own."""
     weight: float = 0.1
     """c_edit."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from luthier.delta import EDITS, FORMS, Site, Small
-from luthier.editing.engine import Edit, Request, Subject, key, target_nll
+from luthier.editing.engine import COUNT, Edit, Request, Subject, key, target_nll
 from luthier.parts.descent import shuffled, step_on
 
 
@@ -37,12 +37,12 @@ class RoseLoRA(Edit):
     steps on queries and values, and no entry beyond 0.003. Source: Wang et al. 2024 (P143).
     """
 
-    rank: int = 4
+    rank: int = field(default=4, metadata=COUNT)
     keep: float = 0.1
     """Share of each row of A and column of B that is left."""
     steps: int = 60
     lr: float = 1e-2
-    batch_size: int = 16
+    batch_size: int = field(default=16, metadata=COUNT)
     beta: float = 0.8
     """Of the moving average."""
     warm: float = 0.1
