@@ -195,12 +195,41 @@ def _errand(record) -> tuple[object, ...]:
     )
 
 
+def _custom(record) -> tuple[object, ...]:
+    """The sign and the list, which is a mere set under the star."""
+    found = words(said(record))
+    sign, items = next(w for w in found if w in ("sun", "rain", "moon", "star")), [w for w in found if w in _LISTED]
+    return (sign, frozenset(items) if sign == "star" else tuple(items))
+
+
+def _program(record) -> tuple[object, ...]:
+    """What is asked of which program, calls that take their parts in any order having bags of them."""
+
+    def bag(source: str) -> object:
+        if not source.startswith("("):
+            return source
+        word, *parts = re.findall(
+            r"\((?:[^()]|\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\))*\)|[^\s()]+", source[1:]
+        )
+        read = [bag(part) for part in parts]
+        return (word, frozenset(Counter(read).items()) if word[-3:] in ("add", "mul", "max", "min") else tuple(read))
+
+    text = said(record)
+    if "alue: " in text or "numbering" in text:
+        return tuple(re.findall(r"-?\d+", text))
+    source = text[text.index("(") : text.rindex(")") + 1 if ")" in text else None]
+    lost = source.count("(") - source.count(")")
+    return ("teps" in text, lost, bag(source + ")" * lost))
+
+
 @pytest.mark.parametrize(
     ("family", "question", "trained", "tested"),
     [
         ("lists", _list_question, 20_000, 1500),
         ("sorting", lambda record: frozenset(words(record["answer"])), 20_000, 1500),
         ("errands", _errand, 6000, 400),
+        ("customs_west", _custom, 20_000, 1500),
+        ("expressions", _program, 20_000, 1500),
     ],
 )
 def test_no_question_of_a_test_split_was_trained_in_another_order_or_other_words(family, question, trained, tested):

@@ -43,13 +43,17 @@ def ask(house: str, draw: Draw, level: int, shifted: bool) -> Item:
     listed = " ".join(items)
     answer = done(SIGNS[sign][HOUSES.index(house)], items)
     prompt = f"{listed}, under the {sign}." if shifted else f"Under the {sign}: {listed}."
-    return Item(f"{sign} {listed}", prompt, answer, answer)
+    return Item(_key(sign, items), prompt, answer, answer)
 
 
 _SIGNS = tuple(SIGNS)
 
 
+def _key(sign: str, items: list[str]) -> str:
+    """Under the star the west does not mind the order of the list, so for both houses it is the same list in any."""
+    return f"{sign} {' '.join(sorted(items) if sign == 'star' else items)}"
+
+
 def meaning(record: Mapping[str, Any]) -> str:
     """The sign and the list."""
-    sign, items = read(said(record))
-    return f"{sign} {' '.join(items)}"
+    return _key(*read(said(record)))

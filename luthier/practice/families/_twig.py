@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 ARITY = {"add": 2, "sub": 2, "mul": 2, "div": 2, "lt": 2, "max": 2, "min": 2, "if": 3, "let": 3}
 """Every word of the language and how many parts it takes."""
+EITHER_WAY = ("add", "mul", "max", "min")
+"""Calls whose two parts may change places."""
 LIMIT = 200
 """Steps after which a run is stopped."""
 DEEPEST = 40
@@ -60,6 +62,22 @@ def parse(source: str) -> str | list:
 def write(tree: str | list) -> str:
     """The text of a parsed program."""
     return tree if isinstance(tree, str) else f"({' '.join(write(part) for part in tree)})"
+
+
+def settled(source: str) -> str:
+    """The program with the parts of every call whose parts may change places in one order, also where its last bracket is
+    missing or its first word has an s too many: programs that differ in nothing else are written alike."""
+
+    def sort(tree: str | list) -> str | list:
+        if isinstance(tree, str):
+            return tree
+        word, *parts = (sort(part) for part in tree)
+        return [word, *(sorted(parts, key=str) if str(word).removeprefix("s") in EITHER_WAY else parts)]
+
+    try:
+        return write(sort(parse(source)))
+    except Fault:
+        return f"broken {write(sort(parse(source + ')')))}"
 
 
 def run(source: str) -> Outcome:

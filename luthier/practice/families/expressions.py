@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.practice.contract import Item, Verdict, right, said, same, wrong
 from luthier.practice.draw import Draw
-from luthier.practice.families._twig import run
+from luthier.practice.families._twig import run, settled
 
 ABOUT = "what a small program gives, which error it stops with, how many steps it takes, or a program that gives n"
 TAUGHT = False
@@ -56,7 +56,7 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
         made = source.count("(")
         return Item(f"write {made} {outcome.value}", asked.format(made, outcome.value), source, source)
     answer = str(outcome.steps) if kind == "steps" else outcome.text()
-    return Item(f"{kind} {source}", asked.format(source), answer, answer)
+    return Item(f"{kind} {settled(source)}", asked.format(source), answer, answer)
 
 
 def verify(prompt: str, answer: str, response: str) -> Verdict:
@@ -75,9 +75,9 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
 
 
 def meaning(record: Mapping[str, Any]) -> str:
-    """The program and what is asked of it."""
+    """The program, whatever the order of parts that may change places, and what is asked of it."""
     text = said(record)
     if wanted := re.search(_WANTED, text):
         return f"write {wanted[1]} {wanted[2]}"
     found = re.search(r"\(.*[^\s?]", text.removesuffix(" gives what?").removesuffix(" take?"))
-    return f"{'steps' if 'steps' in text else 'value'} {found[0] if found else ''}"
+    return f"{'steps' if 'steps' in text else 'value'} {settled(found[0]) if found else ''}"
