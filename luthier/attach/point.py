@@ -83,16 +83,27 @@ class Point:
         x = args[0] if args else next(iter(kwargs.values()))
         y = out[0] if isinstance(out, tuple) else out
         total: Tensor = y
-        for q in self._on(self.adds):
+        for k, q in enumerate(self._on(self.adds)):
+            q.state.product = k == 0 and not q.form.reads_output and self._is_product()
             total = self._onto(q, total, x, y)
         for q in self._on(self.chain):
             total = self._onto(q, total, x, total)
         return (total, *out[1:]) if isinstance(out, tuple) else total
 
+    def _is_product(self) -> bool:
+        """Whether the module's output is x Wᵀ + b of a frozen weight and bias, and the site takes nothing else from it."""
+        own = self.module._parameters.values()
+        return (
+            type(self.module) is nn.Linear
+            and not self.swaps
+            and not any(p is not None and p.requires_grad for p in own)
+        )
+
     def _onto(self, q: Placed, total: Tensor, x: Tensor, y: Tensor) -> Tensor:
         rows = self.switch.rows.get(q.piece)
         if rows is None:
             return q.form.onto(total, x, y, q.scale, q.state)
+        q.state.product = False
         return total.index_copy(0, rows, q.form.onto(total[rows], x[rows], y[rows], q.scale, q.state))
 
     def _swap_in(self) -> None:

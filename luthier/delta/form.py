@@ -85,6 +85,9 @@ class State:
     """The base's weight [d_out, d_in], on demand."""
     bias: Tensor | None = None
     ctx: Context = field(default_factory=Context)
+    product: bool = False
+    """Whether the y of this call is x Wᵀ + b of a frozen W and b and nobody else reads it: `onto` may take it out of the graph,
+    and then gives x the gradient of both."""
 
 
 class Form:

@@ -102,8 +102,9 @@ class LoRA(Form):
     def onto(self, total: Tensor, x: Tensor, y: Tensor, scale: float, s: State) -> Tensor:
         if s.site.kind == "embedding":
             return super().onto(total, x, y, scale, s)
+        w = s.W() if s.product and not (self.dropout and s.ctx.training) else None
         x = F.dropout(x, self.dropout, s.ctx.training) if self.dropout else x
-        return add_lowrank(total, x, s.p["A"], s.p["B"], scale * self.at_site(s.site)[1])
+        return add_lowrank(total, x, s.p["A"], s.p["B"], scale * self.at_site(s.site)[1], w)
 
     def delta(self, s: State) -> dict[str, Tensor]:
         return {"weight": s.p["B"] @ s.p["A"] * self.at_site(s.site)[1]}

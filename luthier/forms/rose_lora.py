@@ -64,7 +64,7 @@ class RoseLoRA(Form):
         return (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
 
     def onto(self, total: Tensor, x: Tensor, y: Tensor, scale: float, s: State) -> Tensor:
-        return add_lowrank(total, x, *self.pair(s), scale)
+        return add_lowrank(total, x, *self.pair(s), scale, s.W() if s.product else None)
 
     def delta(self, s: State) -> dict[str, Tensor]:
         a, b = self.pair(s)

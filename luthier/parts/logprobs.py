@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = 256
-"""Rows of logits turned to float32 at a time."""
+ROWS, ENTRIES = 256, 1 << 18
+"""Rows of logits turned to float32 at a time; on a processor as many as have 1 MB of entries, which stays in a cache."""
 FRESH = {"MmBackward0", "AddmmBackward0", "BmmBackward0", "LinearBackward0"}
 """Operations that do not need their own result in the backward pass, so that it may be overwritten there."""
 VIEWS = {
@@ -28,9 +28,8 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, reuse: bool) -> Tensor:
         out = torch.empty(len(logits), device=logits.device)
-        for i in range(0, len(logits), ROWS):
-            part = torch.log_softmax(logits[i : i + ROWS], -1, dtype=torch.float32)
-            out[i : i + ROWS] = part.gather(1, targets[i : i + ROWS, None])[:, 0]
+        for at in _blocks(logits):
+            out[at] = torch.log_softmax(logits[at], -1, dtype=torch.float32).gather(1, targets[at, None])[:, 0]
         # The logits are not saved through the graph, which would forbid the writing: only `reuse` says whether that is safe.
         ctx.save_for_backward(targets)
         ctx.logits, ctx.reuse = logits.detach(), reuse
@@ -40,12 +39,17 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (targets,), logits = grads, ctx.saved_tensors, ctx.logits
         out = logits if ctx.reuse else torch.empty_like(logits)
-        for i in range(0, len(logits), ROWS):
-            part = torch.softmax(logits[i : i + ROWS], -1, dtype=torch.float32).mul_(-grad[i : i + ROWS, None])
-            out[i : i + ROWS] = part.scatter_add_(1, targets[i : i + ROWS, None], grad[i : i + ROWS, None])
+        for at in _blocks(logits):
+            part = torch.softmax(logits[at], -1, dtype=torch.float32).mul_(-grad[at, None])
+            out[at] = part.scatter_add_(1, targets[at, None], grad[at, None])
         if ctx.reuse:
             ctx.logits = None
         return out, None, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    rows = ROWS if logits.device.type != "cpu" else max(1, ENTRIES // logits.shape[1])
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, keep: bool = False) -> Tensor:

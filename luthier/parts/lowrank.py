@@ -11,44 +11,52 @@ from torch import Tensor
 class _AddLowRank(torch.autograd.Function):
     """total + scale · x Aᵀ Bᵀ in one pass over `total`, in place: the sum is the only large thing written.
 
-    Saved for the backward pass are x (which the base's own product keeps anyway) and x Aᵀ [n, r].
+    Saved for the backward pass are x (which the base's own product keeps anyway) and x Aᵀ [n, r]. With w, total is x wᵀ and
+    outside the graph: x's gradient of both products is summed where it is made.
     """
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, w: Tensor | None) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         ctx.types = a.dtype, b.dtype
         a, b = a.to(x.dtype), b.to(x.dtype)
         h = x2 @ a.t()
         total.view(-1, total.shape[-1]).addmm_(h, b.t(), alpha=scale)
-        ctx.save_for_backward(x, h, a, b)
+        ctx.save_for_backward(x, h, a, b, w)
         ctx.scale = scale
-        ctx.mark_dirty(total)
+        if w is None:
+            ctx.mark_dirty(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, h, a, b = ctx.saved_tensors
+        x, h, a, b, w = ctx.saved_tensors
         g2 = grad.reshape(-1, grad.shape[-1])
         gb = (g2 @ b).mul_(ctx.scale)
         grad_b = (h.t() @ g2).mul_(ctx.scale).to(ctx.types[1]).t() if ctx.needs_input_grad[3] else None
         grad_a = (gb.t() @ x.reshape(-1, x.shape[-1])).to(ctx.types[0]) if ctx.needs_input_grad[2] else None
-        grad_x = (gb @ a).view_as(x) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, grad_a, grad_b, None
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = (gb @ a if w is None else (g2 @ w).addmm_(gb, a)).view_as(x)
+        return grad if w is None else None, grad_x, grad_a, grad_b, None, None
 
 
-def add_lowrank(total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def add_lowrank(total: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, w: Tensor | None = None) -> Tensor:
     """total [..., out] + scale · x [..., in] Aᵀ [in, r] Bᵀ [r, out]. `total` may be overwritten; use the result.
 
-    A and B are cast to x's type. Works where `total` is a leaf, a view or needed elsewhere only out of place: then,
-    without gradients, and under torch.compile, which fuses by itself, the plain product is taken.
+    A and B are cast to x's type. w [out, in]: a frozen weight whose product with x `total` is, but for a constant, and which
+    nobody else reads: `total` is then taken out of the graph, and x's gradients of both products are made as one. Without w,
+    where `total` is a leaf or a view, without gradients, and under torch.compile, which fuses by itself, the plain product is
+    taken.
     """
     if torch.compiler.is_compiling():
         return torch.add(total, (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t(), alpha=scale)
-    safe = total.is_contiguous() and not total.is_leaf and not total._is_view() and total.dtype == x.dtype
-    if torch.is_grad_enabled() and safe:
-        return _AddLowRank.apply(total, x, a, b, scale)  # pyright: ignore[reportReturnType]
+    if torch.is_grad_enabled() and total.is_contiguous() and total.dtype == x.dtype:
+        if w is not None and w.dtype == x.dtype:
+            return _AddLowRank.apply(total.detach(), x, a, b, scale, w)  # pyright: ignore[reportReturnType]
+        if not total.is_leaf and not total._is_view():
+            return _AddLowRank.apply(total, x, a, b, scale, None)  # pyright: ignore[reportReturnType]
     return torch.add(total, (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t(), alpha=scale)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+from luthier.attach import attached
 from luthier.attach.sites import parameter_items, sites_for
 from luthier.bases.roles import Roles
 from luthier.choices.engine import ChoiceContext, Items, layer_of
@@ -25,6 +28,43 @@ def test_lora_by_hand() -> None:
     assert form.delta(s)["weight"].tolist() == [[4, 8], [-4, -8]]
     assert form.change(X, X @ W.t(), s).tolist() == [[12, -12]]
     assert FORMS.make("lora", {"rank": 4, "alpha": 8.0, "scaling": "rslora"}).at_site(SITE) == (4, 4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["alone", "x given", "bias trains", "weight trains", "two", "dropout"])
+def test_lora_gives_the_gradients_of_its_formula(case: str, dtype: torch.dtype) -> None:
+    """Whether x's gradient is made in one go with the base's, or must not be because others train or read: what autograd
+    makes of x Wᵀ + b + s x Aᵀ Bᵀ, in float32. bfloat16 differs by its rounding."""
+    torch.manual_seed(0)
+    module = nn.Linear(6, 5).to(dtype)
+    handle = attached(model := nn.ModuleList([module]))
+    sites = [Site("0", "attn.q", 0, "linear", 6, 5)]
+    form = FORMS.make("lora", {"rank": 2, "dropout": 0.5 if case == "dropout" else 0.0})
+    names = ("one", "other") if case == "two" else ("one",)
+    for k, name in enumerate(names):
+        handle.add(handle.build(name, form, sites, seed=k), train=True)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        nn.init.normal_(p, std=0.5)
+    module.bias.requires_grad_(case == "bias trains")
+    module.weight.requires_grad_(case == "weight trains")
+    base = [p for p in (module.weight, module.bias) if p.requires_grad]
+    x = torch.randn(3, 4, 6, dtype=dtype, requires_grad=case != "x given")
+    told = torch.randn(3, 4, 5, dtype=dtype)
+    handle.ctx.training = case == "dropout"
+    wanted_of = [*trained.values(), *base, *([x] if x.requires_grad else [])]
+    torch.manual_seed(1)
+    got = torch.autograd.grad(module(x), wanted_of, told)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5).float() if case == "dropout" else x.float()
+    y = F.linear(x.float(), module.weight.float(), module.bias.float())
+    for name in names:
+        a, b = (next(p for n, p in trained.items() if name in n and n.endswith(part)) for part in "AB")
+        y = y + 2 * dropped @ a.t() @ b.t()
+    plain = torch.autograd.grad(y, wanted_of, told.float())
+    for mine, wanted in zip(got, plain, strict=True):
+        assert mine.dtype == wanted.dtype
+        assert float((mine - wanted).norm()) <= (1e-5 if dtype == torch.float32 else 0.02) * float(wanted.norm())
 
 
 def test_dora_by_hand() -> None:
