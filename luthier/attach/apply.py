@@ -12,21 +12,23 @@ from luthier.errors import LuthierError
 
 
 def apply(model: nn.Module, delta: Delta, *, strict: bool = True) -> Attached:
-    """Attaches every piece of a delta, or none. With `strict`, a model that is not the delta's base is an error.
+    """Attaches every piece of a delta, or none. With `strict`, a model that is not the delta's base is an error, whatever else
+    is on it.
 
     Fresh heads and rows of new tokens are not in a fingerprint: a base that has them is left to `luthier.load`.
     """
     handle = attached(model)
     grown = delta.base.get("new_tokens") or delta.base.get("kind") == "classify"
-    if strict and delta.base.get("fingerprint") and not grown and not handle.edits:
-        _same_base(model, delta)
+    if strict and delta.base.get("fingerprint") and not grown:
+        with handle.off():
+            _same_base(model, delta)
     done = []
     try:
         for piece in delta.pieces:
             done.append(piece.name)
             handle.add(piece)
-    except LuthierError:
-        for name in done:
+    except Exception:
+        for name in reversed(done):
             if name in handle.pieces:
                 handle.detach(name)
         raise
@@ -59,7 +61,7 @@ def _holds(model: nn.Module, dtype: torch.dtype) -> bool:
 
 def _detach(model: nn.Module, delta: Delta) -> None:
     handle = attached(model)
-    for piece in delta.pieces:
+    for piece in reversed(delta.pieces):
         handle.detach(piece.name)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.attach import edits, extras
-from luthier.attach.fold import FoldReport, folded
+from luthier.attach.fold import FoldReport, exchanged, folded
 from luthier.attach.numbers import CHILD, Live, key_of, numbers_of, put
 from luthier.attach.point import Placed, Point
 from luthier.attach.prompts import stack_of
@@ -89,12 +89,12 @@ class Attached:
             module_at(self.model, site.name)  # all there, or nothing is attached
         self.pieces[piece.name] = piece
         self.placed[piece.name] = []
-        if piece.form.at == "base":
-            self._edit(piece)
-            return
         try:
-            self._place(piece, train)
-        except LuthierError:
+            if piece.form.at == "base":
+                self._edit(piece)
+            else:
+                self._place(piece, train)
+        except Exception:
             self.detach(piece.name)
             raise
 
@@ -218,9 +218,13 @@ class Attached:
 
         The pieces named in `keep` stay on: the base as a run on top of them met it.
         """
+        if keep and self._folded is not None:
+            raise LuthierError(f"this model is folded: unfold it to switch off all but {', '.join(sorted(keep))}")
         was, held, self.enabled = self.enabled, self.kept, False
         self.kept = frozenset(keep) if was else held & frozenset(keep)
-        moved = [e for name, t in self.edits.items() if name not in keep for e in t.values()] if was else []
+        shown, (written, self._folded) = was or self._folded is not None, (self._folded, None)
+        tuned = exchanged(written or {})
+        moved = [e for name, t in self.edits.items() if name not in keep for e in t.values()] if shown else []
         for edit in reversed(moved):
             edit.swap()
         torch.clear_autocast_cache()  # else a surrounding autocast goes on with casts of the values that stood there
@@ -229,8 +233,9 @@ class Attached:
         finally:
             for edit in moved:
                 edit.swap()
+            exchanged(tuned)
             torch.clear_autocast_cache()
-            self.enabled, self.kept = was, held
+            self.enabled, self.kept, self._folded = was, held, written
 
     @contextmanager
     def routed(self, rows: Mapping[str, Sequence[int]]) -> Iterator[nn.Module]:
@@ -267,26 +272,31 @@ class Attached:
 
         Refused where a form has no weight change, or a bias is needed that the module lacks. `unfold` undoes it exactly.
         """
+        if self._folded is not None:
+            raise LuthierError("this model is folded: unfold it before folding it again")
         self._folded, report = folded(self.model, self.pieces.values(), self.points.values())
         self.enabled = False
         return report
 
     def unfold(self) -> None:
         """Puts back what `fold` replaced, bit for bit, and switches the hooks on again."""
-        for module, part, value in (self._folded or {}).values():
-            with torch.no_grad():
-                module._parameters[part].copy_(value)  # pyright: ignore[reportOptionalMemberAccess]
+        exchanged(self._folded or {})
         self._folded, self.enabled = None, True
 
     def detach(self, piece: str | None = None) -> None:
-        """Takes one piece off, or all: the base is then bit for bit what it was, its names and flags too."""
+        """Takes one piece off, or all: the base is then bit for bit what it was, its names and flags too. Exact pieces that
+        stand above it on the same parameters stay, as if it had never been there."""
         if self._folded is not None:
             self.unfold()
-        for name in [piece] if piece else list({**self.pieces, **self.edits}):
+        for name in [piece] if piece else list(reversed({**self.pieces, **self.edits})):
             if name not in self.pieces and name not in self.edits:
                 raise LuthierError(f"no piece called '{name}' is on this model; there are: {', '.join(self.pieces)}")
-            for edit in reversed(self.edits.pop(name, {}).values()):
-                edit.restore()
+            above = self._above(name)
+            for lifted in [*reversed(above), name]:
+                for edit in reversed(self.edits.pop(lifted, {}).values()):
+                    edit.restore()
+            for lifted in above:
+                self._edit(self.pieces[lifted])
             for point in self.points.values():
                 point.drop(name)
             extras.remove(self, name)
@@ -303,6 +313,16 @@ class Attached:
             for n, q in self.model.named_parameters():
                 q.requires_grad_(self._flags.get(n, q.requires_grad))  # an untied head is new here
             self.model.__dict__.pop(HANDLE, None)
+
+    def _above(self, piece: str) -> list[str]:
+        """Exact pieces that were put on after this one, on its result or on that of one of these; in their order."""
+        names, found = list(self.edits), []
+        held = set(self.edits.get(piece, ()))
+        for name in names[names.index(piece) + 1 :] if held else ():
+            if name in self.pieces and held & self.edits[name].keys():
+                found.append(name)
+                held |= self.edits[name].keys()
+        return found
 
     # -- reading
 

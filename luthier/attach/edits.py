@@ -46,6 +46,8 @@ class Edit:
     redrawn: bool = False
     """Entries that moved were exchanged for others on the way: what moved is then read off the values."""
     hook: Any = field(default=None, repr=False)
+    dtype: torch.dtype | None = None
+    """The type the base holds it in, where it moves in a wider one."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -92,6 +94,7 @@ class Edit:
     def hold_in(self, dtype: torch.dtype) -> None:
         """Holds the parameter and its original in this type from now on."""
         if self.parameter.dtype != dtype:
+            self.dtype = self.dtype or self.parameter.dtype
             self.parameter.data, self.original = self.parameter.data.to(dtype), self.original.to(dtype)
 
     def _gather(self, parameter: Tensor) -> None:
@@ -120,6 +123,8 @@ class Edit:
         assign(self.parameter, self.original)
         if self.values is not None and self.index is not None:
             self.values.copy_(self.parameter.detach().view(-1)[self.index])
+        if self.dtype is not None and not hasattr(self.parameter, "full_tensor"):
+            self.parameter.data = self.parameter.data.to(self.dtype)
 
 
 def begin(model: nn.Module, piece: str, full_name: str, index: Tensor | None, train_in: torch.dtype | None) -> Edit:
@@ -132,13 +137,12 @@ def begin(model: nn.Module, piece: str, full_name: str, index: Tensor | None, tr
     parameter = module._parameters.get(name)
     if parameter is None:
         raise LuthierError(f"the model has no parameter '{full_name}' to move")
-    if train_in is not None and parameter.dtype != train_in:
-        parameter.data = parameter.data.to(train_in)
-    original = gathered(parameter.detach()).clone()
-    edit = Edit(module, name, piece, original, index)
+    edit = Edit(module, name, piece, gathered(parameter.detach()).clone(), index)
+    if train_in is not None:
+        edit.hold_in(train_in)
     if index is not None:
         edit.index = index.to(parameter.device)
-        edit.values = nn.Parameter(original.view(-1)[edit.index].clone())
+        edit.values = nn.Parameter(edit.original.view(-1)[edit.index].clone())
     return edit
 
 

@@ -58,6 +58,17 @@ def folded(model: nn.Module, pieces: Iterable[Piece], points: Iterable[Point]) -
     return kept, FoldReport(sorted(sums), lost, worst)
 
 
+@torch.no_grad()
+def exchanged(slots: Slots) -> Slots:
+    """Puts these values into their parameters; gives what stood there."""
+    stood: Slots = {}
+    for name, (module, part, value) in slots.items():
+        parameter: Tensor = module._parameters[part]  # pyright: ignore[reportAssignmentType]
+        stood[name] = (module, part, parameter.detach().clone())
+        parameter.copy_(value)
+    return stood
+
+
 def _fold_one(model: nn.Module, q: Placed, sums: Slots) -> None:
     """Adds one piece's change at its site to the sums; forms that chain meet the sum so far as their base."""
     site = q.state.site
