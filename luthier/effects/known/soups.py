@@ -15,8 +15,7 @@ from luthier.practice.world import Record
 ABOUT = "averages of runs of one task, from a start that half knows it, do more on longer prompts than the runs, and forget less"
 PAPERS = ("P017", "P024", "P080", "P405", "P412", "P430")
 BASE = "practice/s"
-RATES, LONGER = (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)
-ARMS = {"workers": RATES, "together": RATES, "recycled": RATES, "fast": LONGER, "slow": LONGER}
+ARMS = dict.fromkeys(("workers", "together", "recycled", "fast", "slow"), (2.5e-4, 5e-4, 1e-3))
 CHOSEN_BY = "target"
 CLAIMS = (
     Claim("a uniform soup of four is better on longer lists than a run", "workers:single_far", "workers:soup_far", 0.1),
