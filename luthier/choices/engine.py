@@ -334,6 +334,10 @@ def layout(site: Site, granularity: str, head_dim: int = 0) -> Tensor | None:
     if granularity == "expert":
         return flat.flatten(1)
     rows = flat.t() if site.kind == "conv1d" else flat  # [d_out, d_in]
+    if granularity == "head" and (width := rows.shape[site.role == "attn.o"]) % head_dim:
+        raise LuthierError(
+            f"granularity head: {site.name} is {width} wide, which heads of head_dim {head_dim} do not divide; state the base's own"
+        )
     if granularity == "head" and site.role != "attn.o":
         return rows.reshape(rows.shape[0] // head_dim, -1)
     if granularity == "head":

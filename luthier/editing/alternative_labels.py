@@ -64,10 +64,6 @@ class AlternativeLabels(Edit):
     task: ClassVar[Literal["edit", "forget"]] = "forget"
     paper: ClassVar[str] = "P360"
 
-    def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
-
     def edit(self, s: Subject, requests: Sequence[Request]) -> dict[str, Tensor | Small]:
         sites, texts = s.sites(self.roles, self.layers), [q.new for q in requests]
         reinforced, w = moving(s, sites), moving(s, sites)

@@ -53,6 +53,7 @@ class MEMIT(FactEdit):
     ridge: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weight <= 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
 

@@ -46,6 +46,7 @@ class Classification:
     """ε of label smoothing."""
     needs: ClassVar[tuple[str, ...]] = ("class_logits",)
     kinds: ClassVar[tuple[str, ...]] = ("classify",)
+    __post_init__ = SFT.__post_init__
 
     def __call__(self, v: Any) -> tuple[Tensor, Tensor]:
         weights = v.record_weights

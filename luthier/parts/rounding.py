@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from luthier.errors import LuthierError
+
 _SHRINK = tuple(0.15 + 0.05 * k for k in range(18))
 
 
@@ -52,12 +54,14 @@ def power_of_two(size: Tensor) -> Tensor:
 
 def hessian(x: Tensor | None, width: int, damp: float = 0.01) -> Tensor:
     """XᵀX / N + damp · its mean diagonal, [width, width] in float32 on the CPU, wherever x is; where there are no
-    inputs x [N, width] the unit matrix's diagonal."""
+    inputs x [N, width], or only zeros, the unit matrix's diagonal. Raises LuthierError for inputs that are not finite."""
     if x is None or not len(x):
         return torch.ones(width)
     h = (x.float().t() @ x.float() / max(1, len(x))).cpu()
     mean = h.diagonal().mean()
-    if not mean > 0:
+    if not torch.isfinite(mean):
+        raise LuthierError("calibration: a matrix's inputs are not finite: the base is broken, or its type too narrow")
+    if mean == 0:
         return torch.ones(width)
     return h + torch.eye(width) * (damp * mean)
 

@@ -178,6 +178,13 @@ def test_units_partition_a_parameter(role: str, granularity: str, units: int) ->
     assert sorted(table.flatten().tolist()) == list(range(site.d_in * site.d_out))
 
 
+@pytest.mark.parametrize("role", ["attn.q", "attn.o"])
+def test_heads_that_do_not_divide_a_weight_are_refused(role: str) -> None:
+    site = next(s for s in parameter_items(Roles(tiny("llama"))).values() if s.role == role)
+    with pytest.raises(LuthierError, match="32 wide, which heads of head_dim 12 do not divide"):
+        layout(site, "head", head_dim=12)
+
+
 def test_rows_are_outputs_in_every_layout() -> None:
     """GPT-2 stores its matrices transposed: a row is an output there too."""
     site = next(s for s in parameter_items(Roles(tiny("gpt2"))).values() if s.role == "ffn.up")

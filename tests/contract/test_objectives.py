@@ -290,3 +290,9 @@ def test_what_does_not_fit_is_one_line(world: World, tmp_path: Path) -> None:
         build(plan, tmp_path / "b", progress=False)
     with pytest.raises(LuthierError, match="beta must be above 0"):
         OBJECTIVES.make("dpo", {"beta": 0})
+
+
+@pytest.mark.parametrize("name", ["sft", "classification"])
+def test_smoothing_is_a_share(name: str) -> None:
+    with pytest.raises(LuthierError, match=rf"objective '{name}': smoothing must lie in \[0, 1\), got 1.5"):
+        OBJECTIVES.make(name, {"smoothing": 1.5})

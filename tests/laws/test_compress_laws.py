@@ -16,6 +16,7 @@ from luthier.attach.weights import module_at
 from luthier.bases.roles import Roles
 from luthier.delta import COMPRESSIONS, Change, Site, Small, State
 from luthier.delta.artefact import Delta, Piece
+from luthier.errors import LuthierError
 from luthier.parts.packing import (
     entropy,
     pack_bits,
@@ -200,6 +201,15 @@ def test_surgery_helps_on_correlated_inputs() -> None:
     plain = from_codes(to_codes(w, step, 2), step, 2)
     better = surgeon(w, hessian(x, 64), column)
     assert ((w - better) @ x.t()).norm() < 0.7 * ((w - plain) @ x.t()).norm()
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_no_inputs_to_round_by(broken: float) -> None:
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    x[3, 2] = broken
+    with pytest.raises(LuthierError, match="not finite"):
+        hessian(x, 4)
+    assert torch.equal(hessian(torch.zeros(9, 4), 4), torch.ones(4))
 
 
 def packed_delta(name: str, seed: int, by: float = 0.05) -> Delta:

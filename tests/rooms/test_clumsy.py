@@ -356,6 +356,11 @@ def test_nothing_is_written_into_what_is_read(command: tuple[str, ...], here: Pa
         (("edit", "base", "edit.jsonl", "-m", "rome", "-o", "x"), "it is there, and empty"),
         (("edit", "base", "edit.jsonl", "-m", "rome", "steps=-1", "-o", "x"), "steps must be at least 0, got -1"),
         (("edit", "base", "edit.jsonl", "-m", "locft", "epochs=0", "-o", "x"), "epochs must be at least 1, got 0"),
+        (("edit", "base", "edit.jsonl", "-m", "memit", "steps=-3", "-o", "x"), "steps must be at least 0, got -3"),
+        (
+            ("edit", "base", "edit.jsonl", "-m", "alternative-labels", "batch_size=0", "-o", "x"),
+            "batch_size must be at least 1, got 0",
+        ),
     ],
 )
 def test_what_cannot_be_meant(command: tuple[str, ...], said: str, here: Path, capsys: Any) -> None:
