@@ -132,13 +132,14 @@ def reload(on: Target, folder: Path) -> Any:
 
 
 def _read_back(on: Target, model: Any, tuned: list[Tensor], rows: list[Tensor]) -> Check:
-    """The folder's logits against the attached delta's: rounding of the stored type is all that may be between."""
+    """The folder's logits against the folded and the attached delta's: between them lies the rounding of the stored type,
+    and of the fold."""
     run, plain = logits_of(model), logits_of(on.model)
     written = max(float((run(r) - plain(r)).abs().max()) for r in rows)
     scale = max(float(t.abs().max()) for t in tuned)
     apart = max(float((run(r) - t).abs().max()) for r, t in zip(rows, tuned, strict=True))
     eps = torch.finfo(next(on.model.parameters()).dtype).eps
-    ok = written <= 64 * eps * max(scale, 1.0)
+    ok = written <= 64 * eps * max(scale, 1.0) and apart <= min(1024 * eps, 0.5) * max(scale, 1.0)
     detail = f"logits read back within {written:.1e} of the folded and {apart:.1e} of the unfolded model"
     return Check(
         "read back", ok, detail if ok else detail + ": the checkpoint is not this model; keep the delta instead"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from luthier.delta import FORMS, Form, Site, State
+from luthier.delta import FORMS, Form, No, Site, State
 
 SPREAD = 0.5
 """Standard deviation in the probability that a gate is open, whatever the noise."""
@@ -36,6 +36,9 @@ class Gates(Form):
 
     paper: ClassVar[str] = "P169"
     at: ClassVar[str] = "output"
+    scales: ClassVar[bool | No] = No(
+        "the gates before and behind a matrix multiply each other: half of both is not half the change"
+    )
     stride: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:

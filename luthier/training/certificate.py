@@ -28,7 +28,8 @@ HARMLESS = (
     "train.eval_batch_size",
     "data.cache",
 )
-"""Settings that may differ on resuming: they do not touch the numbers."""
+"""Settings that may differ on resuming: they do not touch the numbers. Of callbacks only those without a state may: what the
+others hold is in the checkpoint, and `Events.restore` compares them."""
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Share of the loss by which two passes of the same numbers may differ on a GPU, where some sums have no fixed order; by
 the type of the activations."""

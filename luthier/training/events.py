@@ -33,6 +33,8 @@ class Events:
         self.known_answers: dict[str, Any] = {}
         self.best_tensors: dict[str, Any] | None = None
         self.callbacks = [_callable(name) for name in plan.train.callbacks]
+        named = zip(plan.train.callbacks, self.callbacks, strict=True)
+        self.stateful = [(name, c) for name, c in named if isinstance(c, Stateful)]
         self.bar: Bar | None = None
 
     def stop(self, why: str) -> None:
@@ -48,28 +50,35 @@ class Events:
             _forget_after(self.out / "log.jsonl", loop.progress.step)
         if self.show and loop.machine.first:
             self.bar = Bar(loop.steps, loop.progress.step, loop.progress.tokens)
-        self._restore(loop)
         self.tell("begin", loop)
 
-    def _restore(self, loop: Loop) -> None:
-        """Hands callbacks of a resumed run what they had in its checkpoint."""
-        stateful = {f"callback|{k}|": c for k, c in enumerate(self.callbacks) if isinstance(c, Stateful)}
-        path = checkpoint.latest(self.out / "checkpoints") if loop.progress.step and stateful else None
-        if path is None:
-            return
-        tensors, _ = checkpoint.load(path)
-        for prefix, callback in stateful.items():
-            callback.load({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Puts back the best delta and what the callbacks had in a checkpoint; other callbacks with a state are refused,
+        since they may be part of what the run computes."""
+        self.best_tensors = {k.removeprefix("best|"): v for k, v in tensors.items() if k.startswith("best|")} or None
+        had, have = state["callbacks"], [name for name, _ in self.stateful]
+        if had != have:
+            raise LuthierError(
+                f"train.callbacks: the checkpoint holds the state of {had}, the plan names {have}: put them back, or start "
+                "anew in another --out"
+            )
+        for k, (_, callback) in enumerate(self.stateful):
+            prefix = f"callback|{k}|"
+            callback.load({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
 
     def finish(self, loop: Loop) -> None:
         """The last evaluation, and the best delta if asked for."""
         state = loop.progress
         evaluated = bool(state.evals) and state.evals[-1]["step"] == state.step
-        if self.data.eval is not None and state.stopped is None and not evaluated:
+        if self.data.eval is not None and state.stopped is None and not evaluated and not self.stateful:
             self._evaluate(loop)
         if self.plan.train.keep_best and self.best_tensors is not None:
             checkpoint.put_back(loop.handle, self.best_tensors, earlier=True)
         self.tell("end", loop)
+        if self.stateful and self.data.eval is not None and (state.stopped or "early").startswith("early"):
+            # they may have given the run other numbers: the last loss is that of what it ends with
+            state.evals = [e for e in state.evals if e["step"] != state.step]
+            self._evaluate(loop)
 
     def close(self, loop: Loop) -> None:
         """Bar and trackers, however the run ended."""
@@ -103,9 +112,8 @@ class Events:
         tensors = checkpoint.tensors_of(loop.handle, loop.optimiser)
         for kind, value in (self.best_tensors or {}).items():
             tensors[f"best|{kind}"] = value
-        for k, callback in enumerate(self.callbacks):
-            if isinstance(callback, Stateful):
-                tensors |= {f"callback|{k}|{name}": v.cpu() for name, v in callback.tensors().items()}
+        for k, (_, callback) in enumerate(self.stateful):
+            tensors |= {f"callback|{k}|{name}": v.cpu() for name, v in callback.tensors().items()}
         state = {
             "plan": self.plan.model_dump(mode="json", by_alias=True),
             "data_fingerprint": self.data.fingerprint,
@@ -114,6 +122,7 @@ class Events:
             "choices": self.pieces.state(),
             "random": certificate.gather_random(loop.machine),
             "known_answers": self.known_answers,
+            "callbacks": [name for name, _ in self.stateful],
             "certificate": certificate.make(loop, self.batches),
         }
         if loop.machine.first:

@@ -13,6 +13,7 @@ from luthier.attach.weights import gathered
 from luthier.delta import OBJECTIVES
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
+from luthier.training.machine import reshard
 from luthier.training.pieces import Pieces
 
 OBJECTIVE_OF = {("sft", "classify"): "classification"}
@@ -43,16 +44,17 @@ class Began:
     def __init__(self, pieces: Pieces) -> None:
         self.handle, started = pieces.handle, pieces.started
         self.kept = pieces.parents | started
-        numbers = [v for n in started for q in self.handle.placed.get(n, ()) for v in q.state.p.values()]
+        numbers = [(q.state.p, k) for n in started for q in self.handle.placed.get(n, ()) for k in q.state.p]
         self.edits = [e for n in started for e in self.handle.edits.get(n, {}).values()]
-        self.first = [(v, v.detach().clone()) for v in numbers]
+        self.first = [(table, k, gathered(table[k].detach()).clone()) for table, k in numbers]
         self.first_edits = [gathered(e.parameter.detach()).clone() for e in self.edits]
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within it the model is that; afterwards all is as it was."""
-        places = [(v, first) for v, first in self.first]
+        places = [(table[k], first) for table, k, first in self.first]  # a wrapper may have replaced the objects
         places += [(e.parameter, first) for e, first in zip(self.edits, self.first_edits, strict=True)]
+        reshard(self.handle.model)
         with self.handle.off(keep=self.kept), torch.no_grad():
             held = [gathered(place.detach()).clone() for place, _ in places]
             for place, first in places:
@@ -61,6 +63,7 @@ class Began:
             try:
                 yield
             finally:
+                reshard(self.handle.model)
                 for (place, _), value in zip(places, held, strict=True):
                     assign(place, value)
 

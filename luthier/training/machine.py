@@ -25,6 +25,14 @@ from luthier.training.precision import Precision
 from luthier.training.view import Batch
 
 
+def reshard(model: nn.Module) -> None:
+    """Sharded parameters as they rest. A forward pass without a backward leaves some of them whole, and what is then
+    written into them, or switched on and off, would be lost at the next gathering."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @dataclass
 class Machine:
     """Processes and types of one run. `model` is the wrapped model (or the plain one on a single process)."""
@@ -126,11 +134,8 @@ class Machine:
             values.grad = cast(Tensor, self.accelerator.reduce(mine, "mean"))
 
     def reshard(self) -> None:
-        """Sharded parameters as they rest. A forward pass without a backward leaves some of them whole, and what is
-        then written into them, or switched on and off, would be lost at the next gathering."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        """Sharded parameters as they rest."""
+        reshard(self.model)
 
     def unshard(self) -> None:
         """Whole parameters on every process from now on: what follows training (probes, seals, the report) is then

@@ -241,7 +241,7 @@ def _draw(pieces: Pieces, mode: FakeTensorMode) -> None:
 
     for chosen in pieces.chosen:
         context = pieces._context(chosen, 0)
-        context.weight, context.grad = filler, filler
+        context.weight = context.grad = context.square = filler
         selection: Mapping[str, Tensor | None] = chosen.choice.select(chosen.items, context)
         with mode:
             pieces.select(chosen, dict(selection), 0)

@@ -311,7 +311,7 @@ def _prove(training: Training, tensors: dict[str, torch.Tensor], state: dict[str
         return
     loop.optimiser.load({k.removeprefix("optimiser|"): v for k, v in tensors.items() if k.startswith("optimiser|")})
     loop.progress = Progress(**state["progress"])
-    events.best_tensors = {k.removeprefix("best|"): v for k, v in tensors.items() if k.startswith("best|")} or None
+    events.restore(tensors, state)
     events.batches.load_state_dict(state["data"])
     checkpoint.set_random_states(state["random"][training.machine.rank])
     record["resume_certificate"] = certificate.check(loop, events.batches, state)

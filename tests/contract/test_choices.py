@@ -16,7 +16,10 @@ from luthier.choices.engine import Choice, ChoiceContext, Pick, layer_of, layout
 from luthier.delta import CHOICES, FORMS
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
+from luthier.training.run import build
+from luthier.verbs.dry_run import dry_run
 from tests.contract.conformance import logits, quiet, same, steps, values
+from tests.runs.support import World
 from tests.tiny import FAMILIES, tiny, tiny_ids
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -248,3 +251,14 @@ def test_too_many_layers_are_told() -> None:
 def test_encoder_and_decoder_layers_differ() -> None:
     items = parameter_items(Roles(tiny("t5")))
     assert len({layer_of(n, s) for n, s in items.items()} - {""}) == 4
+
+
+@pytest.mark.parametrize(
+    "name,settings", [(n, s) for n, s, f in CASES if f == "gpt2"], ids=[i for i in ids if "gpt2" in i]
+)
+def test_a_dry_run_counts_what_a_run_moves(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Without weights, so that which numbers a score would pick stays open; how many does not."""
+    world = World(tmp_path)
+    plan = world.plan({"choice": name, **settings}, base=str(world.base("gpt2")))
+    training = build(plan, tmp_path / "run", progress=False)
+    assert dry_run(plan).moved == sum(p.numel() for p in training.loop.optimiser.names.values()) > 0

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from luthier.delta import MERGES, Stack
 from luthier.errors import LuthierError
+from luthier.training.feed import all_ready
+from luthier.training.loop import evaluate, train
 from luthier.training.run import build
 from tests.runs.support import World, assert_same, interrupted, run, write_records
 
@@ -105,6 +107,34 @@ def test_resumed_ends_the_same(callback: str, step: int, world: World, tmp_path:
     plan = world.plan(LORA, train={"callbacks": [callback]})
     whole = run(plan, tmp_path)
     assert_same(whole, interrupted(plan, tmp_path, step))
+
+
+@pytest.mark.parametrize("other", [[], [STOCK], [SLOW, STOCK], [SLOW.replace("0.75", "0.5")]])
+def test_resumed_with_other_averages_is_refused(other: list[str], world: World, tmp_path: Path) -> None:
+    """They decide the numbers: leaving one out, or adding one, would be another run."""
+    plan = world.plan(LORA, train={"callbacks": [SLOW]})
+    run(plan, tmp_path)
+    with pytest.raises(LuthierError, match="train.callbacks: the checkpoint holds the state of .*SlowWeights"):
+        build(world.plan(LORA, train={"callbacks": other}), tmp_path, resume=True, progress=False)
+
+
+def test_callbacks_without_a_state_may_come_and_go(world: World, tmp_path: Path) -> None:
+    """Also in front of one that has a state."""
+    whole = run(world.plan(LORA, train={"callbacks": [SLOW]}), tmp_path)
+    told = ["tests.runs.hooks:note", SLOW]
+    assert_same(whole, interrupted(world.plan(LORA, train={"callbacks": told}), tmp_path, 5))
+
+
+@pytest.mark.parametrize("every", [5, 12], ids=["between", "with the last step"])
+def test_the_last_loss_is_of_what_the_run_ends_with(every: int, world: World, tmp_path: Path) -> None:
+    plan = world.plan(LORA, train={"callbacks": [SLOW], "eval_every": every}, data={"holdout": 8})
+    training = build(plan, tmp_path, progress=False)
+    train(training.loop)
+    training.events.finish(training.loop)
+    ends = training.loop.progress.evals
+    assert [e["step"] for e in ends] == [*range(every, 12, every), 12]
+    held_out = training.data.eval_batches(4, 0, 1)
+    assert ends[-1]["loss"] == pytest.approx(evaluate(training.loop, all_ready(held_out, training.base, torch.float32)))
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,29 @@ def test_resumed_on_two(delta: Any, fsdp: bool, world: World, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("delta, start", [(LORA, True), (FULL, True), (FULL, False)], ids=["lora", "full", "anew"])
+def test_two_have_the_reference_of_one(delta: Any, start: bool, fsdp: bool, world: World, tmp_path: Path) -> None:
+    """A preference run is held to the base, or the delta that it goes on from, whatever the wrapper made of the numbers."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "no" * (1 + n % 3)} for n in range(1, 17)]
+    pairs.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    if start:
+        tune(world.plan(delta, train={"steps": 3}, checkpoint={"every": 0}), out=tmp_path / "first", progress=False)
+        delta = {**delta, "start_from": str(tmp_path / "first")}
+    train = {"batch_size": 2, "steps": 4, "eps": 1e-4}
+    plans = [
+        world.plan(
+            delta,
+            objective="dpo",
+            data={"train": str(pairs)},
+            train={**train, "accumulate": k, "fsdp": fsdp},
+        )
+        for k in (4, 2)
+    ]
+    assert_close(run(plans[0], tmp_path / "one"), two(plans[1], tmp_path / "two")[0])
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("delta", [LORA, LISA], ids=["lora", "lisa"])
 def test_the_verb_saves_a_whole_delta(delta: Any, fsdp: bool, world: World, tmp_path: Path) -> None:
     """One process writes; the files hold every number, and on a fresh base they give the logits of the run."""
