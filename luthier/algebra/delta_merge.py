@@ -16,7 +16,7 @@ from luthier.algebra.sources import Source, Tuned
 from luthier.algebra.stacking import lora_piece, stack, why_not
 from luthier.bridge.target import Target
 from luthier.delta import Merge, Site, Stack
-from luthier.delta.artefact import Delta
+from luthier.delta.artefact import Delta, made_of
 from luthier.delta.stream import TensorStream
 from luthier.errors import LuthierError
 from luthier.forms.lora import LoRA
@@ -83,7 +83,7 @@ class DeltaMerge:
         pieces = maker.pieces()
         if not pieces and not empty:
             raise LuthierError("the merge equals the base: its weights or densities are all 0; state others")
-        lineage = {"made_by": f"merge {self.plan.method}", "parents": [d.lineage.get("id") for d in self.deltas]}
+        lineage = made_of(self.deltas, f"merge {self.plan.method}")
         return Delta(pieces, dict(self.deltas[0].base), lineage, seals=maker.seals)
 
     def _why(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from luthier.algebra.changes import OfDelta
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.delta import FORMS, Site
-from luthier.delta.artefact import Delta, Piece
+from luthier.delta.artefact import Delta, Piece, made_of
 from luthier.delta.seals import project, turned
 from luthier.errors import LuthierError
 from luthier.parts.bits import encode
@@ -34,8 +34,7 @@ def to_dense(delta: Delta, base: Checkpoint, dtype: torch.dtype = torch.float32)
         bits[name] = {"bits": encode(now, was)}
         seals[f"dense/{name}"] = project(turned(now.float() - was.float(), base.model.get_submodule(sites[name].name)))
     piece = Piece("dense", form, sites, bits, {n: {} for n in sites})
-    lineage = {"parents": [delta.lineage.get("id") or delta.base.get("name")], "made_by": "dense"}
-    return Delta([piece], dict(delta.base), lineage, seals=seals, files=dict(delta.files))
+    return Delta([piece], dict(delta.base), made_of([delta], "dense"), seals=seals, files=dict(delta.files))
 
 
 def _changes(delta: Delta, base: Checkpoint) -> Iterator[tuple[str, Tensor]]:

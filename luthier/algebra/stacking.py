@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luthier.bases.fingerprint import compare
 from luthier.delta import FORMS, Site
-from luthier.delta.artefact import Delta, Piece
+from luthier.delta.artefact import Delta, Piece, made_of
 from luthier.delta.seals import seal
 from luthier.errors import LuthierError
 from luthier.forms.lora import DoRA, LoRA
@@ -71,8 +71,7 @@ def stack(
             a, b = trimmed(a, b, rank=rank, energy=energy, ratio=ratio)
         numbers[key] = {"A": a.contiguous(), "B": b.contiguous()}
     piece = lora_piece(name, sites, numbers)
-    parents = [d.lineage.get("id") or d.base.get("name") for d in deltas]
-    lineage = {"parents": [p for p in parents if p], "made_by": "stack"}
+    lineage = made_of(deltas, "stack")
     if weights is not None and not callable(weights):
         lineage["weights"] = [float(w) for w in weights]
     return Delta([piece], dict(deltas[0].base), lineage, seals=sealed(piece), files=dict(deltas[0].files))

@@ -28,6 +28,15 @@ def tune(
             "--dry-run", help="Print the resolved plan, what will move, memory and time; no weights are read."
         ),
     ] = False,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            "--launcher",
+            help="Of a chain: the command that starts each of its runs on several processes.",
+            metavar="'torchrun …'",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Tune a base by a plan, and report what was gained and what it cost."""
@@ -41,8 +50,13 @@ def tune(
         from luthier.cli.show import chain
         from luthier.verbs.stages import run_stages
 
-        chain(run_stages(plan, overrides=overrides or (), out=out, resume=resume, progress=not quiet, say=say))
+        done = run_stages(
+            plan, overrides=overrides or (), out=out, resume=resume, progress=not quiet, launcher=launcher, say=say
+        )
+        chain(done)
         return
+    if launcher is not None:
+        raise LuthierError(f"--launcher is for chains; start one run so: {launcher} -m luthier tune {plan}")
     if dry_run:
         if resume:
             raise LuthierError("--dry-run and --resume exclude each other: leave one out")

@@ -30,7 +30,7 @@ from luthier.errors import LuthierError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FORMAT", "Delta", "Piece", "check_files", "digest", "read_header", "supply_attacher"]
+__all__ = ["FORMAT", "Delta", "Piece", "check_files", "digest", "made_of", "read_header", "supply_attacher"]
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Piece:
 class Delta:
     """What was added to a base: the artefact everything in the house makes, changes or measures.
 
-    Lawful: `a + b` puts both on the same base, `2 * a` scales every change, `a.only("attn.q")` keeps some sites.
+    Lawful: `a + b` puts both on the same base, `2 * a` scales every change, `a.only("attn.q")` keeps some sites. The files
+    go along; of a sum's that have one name, the first delta's.
     """
 
     pieces: list[Piece]
@@ -83,7 +84,9 @@ class Delta:
     """Site -> seeded projection of its change."""
     probes: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
-    """Small files that travel along: tokenizer files where tokens were added, the report."""
+    """Small files that travel along: tokenizer files where tokens were added, the chat template."""
+    id: str = field(default="", compare=False)
+    """The first 16 digits of the digest of the numbers that it was read from, or last saved to; empty until then."""
 
     # -- algebra
 
@@ -93,6 +96,13 @@ class Delta:
             raise LuthierError(
                 f"cannot add deltas of different bases ({a} and {b}): port one of them to the other's base first"
             )
+        base, tokens = dict(self.base or other.base), [d.base.get("new_tokens") or [] for d in (self, other)]
+        if any(x != y for x, y in zip(*tokens, strict=False)):
+            raise LuthierError(
+                f"cannot add deltas that add other tokens ({tokens[0]} and {tokens[1]}): train them with the same base.new_tokens"
+            )
+        if any(tokens):
+            base["new_tokens"] = max(tokens, key=len)
         names: set[str] = set()
         pieces = []
         for piece in [*self.pieces, *other.pieces]:
@@ -101,8 +111,7 @@ class Delta:
                 name, k = f"{piece.name}-{k}", k + 1
             names.add(name)
             pieces.append(dataclasses.replace(piece, name=name))
-        parents = [d.lineage.get("id") for d in (self, other) if d.lineage.get("id")]
-        return Delta(pieces, dict(self.base or other.base), {"parents": parents, "made_by": "add"})
+        return Delta(pieces, base, made_of([self, other], "add"), files={**other.files, **self.files})
 
     def __mul__(self, factor: float) -> Delta:
         pieces = []
@@ -110,7 +119,7 @@ class Delta:
             if isinstance(piece.form.scales, No) and factor != 1:
                 raise LuthierError(f"piece '{piece.name}' cannot be scaled: {piece.form.scales.reason}")
             pieces.append(dataclasses.replace(piece, scale=piece.scale * factor))
-        return Delta(pieces, dict(self.base), {"parents": [self.lineage.get("id")], "made_by": f"scale {factor}"})
+        return Delta(pieces, dict(self.base), made_of([self], f"scale {factor}"), files=dict(self.files))
 
     __rmul__ = __mul__
 
@@ -143,7 +152,7 @@ class Delta:
         if unused := set(patterns) - used:
             roles = sorted({s.role for piece in self.pieces for s in piece.sites.values()})
             raise LuthierError(f"no site of this delta matches {sorted(unused)}; its roles: {', '.join(roles)}")
-        return Delta(kept, dict(self.base), {"parents": [self.lineage.get("id")], "made_by": "only"})
+        return Delta(kept, dict(self.base), made_of([self], "only"), files=dict(self.files))
 
     def count(self) -> int:
         """Numbers trained over all pieces, as their papers count."""
@@ -246,6 +255,7 @@ class Delta:
                 (folder / name).unlink(missing_ok=True)
             for place in (folder, folder.parent):
                 fsync(place)
+            self.id = header["digest"][:16]
         except UNWRITABLE as e:
             raise unwritten(f"the delta to {folder}", e, "what stood there before is whole") from e
         finally:
@@ -301,6 +311,7 @@ class Delta:
             header.get("seals", {}),
             _probes(folder, header),
             {name: _along(folder, name, stated) for name, stated in header.get("files", {}).items()},
+            header["digest"][:16],
         )
 
     # -- on a model (the attach room supplies these two at import, since it stands above this one)
@@ -312,6 +323,12 @@ class Delta:
     def detach(self, model: nn.Module) -> None:
         """Takes this delta off the model; the base is then bit for bit what it was."""
         _ATTACHER["detach"](model, self)
+
+
+def made_of(deltas: Iterable[Delta], how: str) -> dict[str, Any]:
+    """The lineage of what was made of these, and how: their ids, or what those that were never on disk were made of."""
+    parents = [p for d in deltas for p in ([d.id] if d.id else d.lineage.get("parents") or [])]
+    return {"parents": list(dict.fromkeys(parents)), "made_by": how}
 
 
 _ATTACHER: dict[str, Callable[..., Any]] = {}

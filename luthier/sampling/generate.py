@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,10 +77,12 @@ def generate(
     with _evaluating(model):
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size]
-            longest = max(len(prompts[i]) for i in rows)
-            steps = max_new_tokens if room is None else min(max_new_tokens, room - longest)
             state = start(model, [prompts[i] for i in rows], pad)
-            _decode(state, rows, steps, stop, sampling, draws, answers, pad)
+            most = dict.fromkeys(rows, max_new_tokens)
+            if room is not None:
+                longest = 0 if "position_ids" in state.accepted else max(len(prompts[i]) for i in rows)
+                most = {i: min(max_new_tokens, room - max(longest, len(prompts[i]))) for i in rows}
+            _decode(state, rows, most, stop, sampling, draws, answers, pad)
     if not keep_stop:
         answers = [a[:-1] if a and a[-1] in stop else a for a in answers]
     return answers
@@ -98,13 +101,19 @@ class _State:
     encoded: Any = None
     """Encoder states (rows, length, width) of an encoder–decoder model; mask is then the encoder's."""
 
+    @cached_property
+    def accepted(self) -> set[str]:
+        """What the model's forward takes."""
+        return set(inspect.signature(self.model.forward).parameters)
+
     def step(self) -> torch.Tensor:
         """Logits (rows, vocabulary) of the next token, in float32."""
-        accepted = _accepted(self.model)
+        accepted = self.accepted
         if self.encoded is None:
             kwargs: dict[str, Any] = {"input_ids": self.tokens, "attention_mask": self.mask}
             if "position_ids" in accepted:
-                positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+                room = _positions(self.model)  # rows that have ended go on beside the others, at the last one
+                positions = (self.mask.cumsum(-1) - 1).clamp(0, room - 1 if room is not None else None)
                 kwargs["position_ids"] = positions[:, -self.tokens.shape[1] :]
         else:
             kwargs = {"encoder_outputs": (self.encoded,), "attention_mask": self.mask, "decoder_input_ids": self.tokens}
@@ -146,15 +155,16 @@ def _start_two_stacks(model: nn.Module, prompts: list[Sequence[int]], pad: int) 
 def _decode(
     state: _State,
     rows: list[int],
-    steps: int,
+    most: Mapping[int, int],
     stop: set[int],
     sampling: Sampling,
     draws: torch.Tensor | None,
     answers: list[list[int]],
     pad: int,
 ) -> None:
+    """most: tokens that each row may say, at least one."""
     open_rows, ended = list(rows), [False] * len(rows)
-    for step in range(steps):
+    for step in range(max(most.values())):
         logits = state.step()
         drawn = None if draws is None else draws[open_rows, step].to(logits.device)
         chosen = _choose(logits, sampling, drawn).tolist()
@@ -163,7 +173,7 @@ def _decode(
                 chosen[at] = pad
                 continue
             answers[row].append(token)
-            ended[at] = token in stop
+            ended[at] = token in stop or len(answers[row]) == most[row]
         if all(ended):
             return
         state.push(torch.tensor(chosen, device=logits.device))
@@ -176,17 +186,23 @@ def _choose(logits: torch.Tensor, sampling: Sampling, drawn: torch.Tensor | None
     """Next tokens (rows,) from logits (rows, vocabulary) and one uniform number a row, by inverting the distribution."""
     if drawn is None:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    ranked, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    share = ranked.softmax(-1)
-    if sampling.top_k:
-        share[:, sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0)
+    share, tokens = shares(logits, sampling)
     total = share.cumsum(-1)
     at = torch.searchsorted(total, drawn[:, None].to(total) * total[:, -1:], right=True)
     last = (share > 0).sum(-1, keepdim=True) - 1
     return tokens.gather(-1, at.minimum(last)).squeeze(-1)
+
+
+def shares(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [..., V] under temperature (above 0), top_k and top_p, the likeliest first, and their tokens. What is cut
+    off has 0; the others are as they were, and do not sum up to 1 then."""
+    ranked, tokens = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    share = ranked.softmax(-1)
+    if sampling.top_k:
+        share[..., sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0)
+    return share, tokens
 
 
 def _draws(prompts: int, steps: int, sampling: Sampling) -> torch.Tensor | None:
@@ -213,10 +229,6 @@ def _padded(
 def _positions(model: nn.Module) -> int | None:
     config = model.config.get_text_config()  # pyright: ignore
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
-def _accepted(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.attach.assembly import Assembly, Voice
 from luthier.errors import LuthierError
 from luthier.parts.speculation import accept, draw
-from luthier.sampling.generate import GREEDY, Sampling, stop_ids
+from luthier.sampling.generate import GREEDY, Sampling, shares, stop_ids
 
 
 @dataclass
@@ -140,11 +140,6 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities [..., V] that a token is drawn from, with temperature, top_k and top_p; greedy puts all on one."""
     if sampling.temperature <= 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    ranked, order = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
-    share = ranked.softmax(-1)
-    if sampling.top_k:
-        share[..., sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0)
+    share, order = shares(logits.double(), sampling)
     share = share / share.sum(-1, keepdim=True)
     return torch.zeros_like(share).scatter(-1, order, share)

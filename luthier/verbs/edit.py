@@ -107,7 +107,7 @@ def edit(
         piece.name = name
     on = load_base_for(spec.base, parents, {}, None)
     for delta, path in zip(parents, spec.deltas, strict=True):
-        refuse([c for c in same_base(delta, on) if c.name in ("base", "dtype", "tokenizer")], path)
+        _fits(delta, on, path)
     cut = any(p.form.at == "base" for d in parents for p in d.pieces) or method.folds
     kept = {n: t.detach().clone() for n, t in base_tensors(on.model)} if cut and parents else None
     cost: dict[str, float] = {}
@@ -213,6 +213,11 @@ def _parent(path: str) -> Delta:
     return Delta.load(path)
 
 
+def _fits(delta: Delta, on: Target, path: str) -> None:
+    """Refuses a delta of another base."""
+    refuse([c for c in same_base(delta, on) if c.name in ("base", "dtype", "tokenizer")], path)
+
+
 @contextmanager
 def _with(on: Target, deltas: Sequence[Delta]) -> Iterator[None]:
     """The model with these deltas on it, and without them afterwards."""
@@ -249,7 +254,7 @@ def _made(
         wanted = [request(r, writer, openings, method.subjects, spec.anchors) for r in records]
         if method.learns:
             began = time.perf_counter()
-            learnt = _learnt(spec, method, subject, writer, progress)
+            learnt = _learnt(spec, method, on, subject, writer, progress)
             method, cost["learn_seconds"] = method.with_learnt(learnt), time.perf_counter() - began
         progress(f"{spec.method}: {len(wanted)} records")
         began = time.perf_counter()
@@ -270,12 +275,13 @@ def _moved(on: Target, base: Mapping[str, torch.Tensor], changes: Mapping[str, A
 
 
 def _learnt(
-    spec: EditPlan, method: Edit, subject: ModelSubject, writer: Writer, progress: Callable[[str], None]
+    spec: EditPlan, method: Edit, on: Target, subject: ModelSubject, writer: Writer, progress: Callable[[str], None]
 ) -> dict[str, torch.Tensor]:
     if spec.editor is not None:
-        held = _parent(spec.editor).files.get(EDITOR)
-        if held is None:
+        delta = _parent(spec.editor)
+        if (held := delta.files.get(EDITOR)) is None:
             raise LuthierError(f"editor {spec.editor} holds no {EDITOR}: name a delta that {spec.method} made")
+        _fits(delta, on, spec.editor)
         return load_bytes(held)
     if spec.train_records is None:
         raise LuthierError(

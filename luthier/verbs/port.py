@@ -17,7 +17,7 @@ from luthier.bridge.peft import from_peft
 from luthier.bridge.proof import prove, refuse, same_base
 from luthier.bridge.target import Target, target
 from luthier.delta import MOVES
-from luthier.delta.artefact import Delta
+from luthier.delta.artefact import Delta, made_of
 from luthier.delta.folder import refuse_existing
 from luthier.errors import LuthierError, nearest
 from luthier.moving.engine import Transport
@@ -265,8 +265,8 @@ def _lineage(
         plan = {**plan, "base": {**plan.get("base", {}), "name": new.name, "revision": None, "deltas": []}}
     return {
         "plan": plan,
-        "parents": [spec.delta or own.lineage.get("id")],
-        "made_by": f"port {spec.method}",
+        **made_of([own], f"port {spec.method}"),
+        **({"parents": [spec.delta]} if spec.delta else {}),
         "ported_from": {k: own.base.get(k) for k in ("name", "fingerprint")},
         "move": {"name": spec.method, "settings": spec.settings},
         "preserved": [asdict(t) for t in told],

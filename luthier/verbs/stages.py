@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,11 @@ from luthier.delta.header import read_header
 from luthier.errors import LuthierError
 from luthier.measuring.report import replace_text
 from luthier.plan.stages import Stage, load_stages, references, resolved
+from luthier.training.checkpoint import finished
 from luthier.training.lock import locked
 from luthier.verbs.foresee import foresee
+from luthier.verbs.launch import launched, words_of
+from luthier.verbs.tune import tune
 
 RECORD = "stages.json"
 """File of the chain's folder that says which stages are done, with their settings and what they took."""
@@ -44,23 +46,32 @@ def run_stages(
     out: str | os.PathLike[str] = "out",
     resume: bool = False,
     progress: bool = True,
+    launcher: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Chain:
     """Runs the stages of a chain into `out`/<name>. Gives a Chain.
 
     resume: stages that are done with the same settings, on stages that did not change, are passed over, and a run that
-    was cut short goes on from its checkpoint. Errors: whatever the plan or a stage refuses, with the stage's name; a folder
-    that holds a chain already; a stage's folder that this chain did not write.
+    was cut short goes on from its checkpoint. launcher: the command that starts every run on several processes, such as
+    'torchrun --nproc_per_node 2'; the other verbs are done by this one. Errors: whatever the plan or a stage refuses, with
+    the stage's name; a folder that holds a chain already; a stage's folder that this chain did not write; a chain that was
+    itself started on several processes.
     """
     stages = load_stages(source, overrides)
     foresee(stages)
     folder = Path(out)
-    first = int(os.environ.get("RANK", "0")) == 0
-    with locked(folder) if first else nullcontext():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LuthierError(
+            "a chain was started on several processes: start it once, with --launcher 'torchrun --nproc_per_node N' (or "
+            "another), which starts every run"
+        )
+    if launcher is not None:
+        words_of(launcher)
+    with locked(folder):
         held = _record(folder)
         if any("seconds" in row for row in held.values()) and not resume:
             raise LuthierError(f"{folder} holds a chain already: add --resume to go on, or choose another --out")
-        for stage in stages if first else ():
+        for stage in stages:
             if stage.name not in held:
                 refuse_existing(folder / stage.name)
         rows = _still_good(stages, held)
@@ -78,7 +89,7 @@ def run_stages(
             _write(folder, stages, rows, held)
             say(f"stage {stage.name}: {stage.verb}")
             began = time.perf_counter()
-            result = _run(stage, settings, stages, folders, resume, progress)
+            result = _run(stage, settings, stages, folders, resume, progress, launcher)
             if getattr(result, "stopped", None) and not getattr(result, "report", None):
                 chain.stopped = result.stopped
                 break
@@ -117,19 +128,18 @@ def _run(
     folders: Mapping[str, Path],
     resume: bool,
     progress: bool,
+    launcher: str | None,
 ) -> Any:
     """One stage by its verb. A verb that writes a fresh folder finds none of an earlier, broken try."""
     out = folders[stage.name]
     try:
+        if stage.verb != "tune" or finished(out):  # finished: the chain stopped before it took note of it
+            shutil.rmtree(out, ignore_errors=True)
         if stage.verb == "tune":
-            from luthier.training.checkpoint import finished
-            from luthier.verbs.tune import tune
-
-            if finished(out):
-                shutil.rmtree(out)  # the chain stopped before it took note of it
-            return tune(settings, out=out, resume=resume and out.exists(), progress=progress)
-        if out.exists():
-            shutil.rmtree(out)
+            again = resume and out.exists()
+            if launcher is not None:
+                return launched(launcher, settings, out, resume=again, progress=progress)
+            return tune(settings, out=out, resume=again, progress=progress)
         if stage.verb == "audit":
             return _audit(settings, stages, folders, out)
         if stage.verb == "diff":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,3 +129,24 @@ def test_adding_deltas_of_other_bases_is_refused() -> None:
     a.base, b.base = {"fingerprint": "one"}, {"fingerprint": "two"}
     with pytest.raises(LuthierError, match="different bases"):
         a + b
+
+
+def test_arithmetic_keeps_the_files_and_says_what_it_was_made_of(tmp_path: Path) -> None:
+    one, two = delta_of("lora", 1), delta_of("ia3", 2)
+    one.files, two.files = {"t.json": b"1", "c.jinja": b"x"}, {"t.json": b"2", "d": b"y"}
+    assert (2 * one).files == one.only("attn.q").files == one.files
+    assert (one + two).files == {"t.json": b"1", "c.jinja": b"x", "d": b"y"}
+    assert (one + two).lineage == {"parents": [], "made_by": "add"}
+    one.save(tmp_path / "one")
+    two.save(tmp_path / "two")
+    assert one.id == Delta.load(tmp_path / "one").id != two.id
+    assert one.toward(two, 0.5).lineage == {"parents": [one.id, two.id], "made_by": "add"}
+
+
+def test_adding_deltas_with_other_tokens_is_refused() -> None:
+    one, two = delta_of("lora", 1), delta_of("lora", 2)
+    one.base["new_tokens"], two.base["new_tokens"] = ["<a>"], ["<a>", "<b>"]
+    assert (one + two).base["new_tokens"] == (two + one).base["new_tokens"] == ["<a>", "<b>"]
+    two.base["new_tokens"] = ["<b>"]
+    with pytest.raises(LuthierError, match="add other tokens"):
+        one + two

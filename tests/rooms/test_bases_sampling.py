@@ -84,3 +84,13 @@ def test_what_does_not_fit():
         generate(model, tokenizer, [[5], [5] * 16], 4)
     with pytest.raises(LuthierError, match="prompt 0 is empty"):
         generate(model, tokenizer, [[]], 4)
+
+
+@pytest.mark.parametrize("family,room", [("llama", "max_position_embeddings"), ("gpt2", "n_positions")])
+def test_an_answer_ends_where_the_models_positions_end_whatever_stands_beside_it(family, room):
+    """Also beside a prompt that leaves hardly any room, which has ended long before."""
+    model, tokenizer = tiny(family, **{room: 16}), tiny_tokenizer()
+    prompts = [[5, 6], [7] * 15, [8] * 9, [9] * 6, [4] * 3]
+    alone = [generate(model, tokenizer, [p], 50, stop=())[0] for p in prompts]
+    assert [len(a) for a in alone] == [16 - len(p) for p in prompts]
+    assert generate(model, tokenizer, prompts, 50, stop=()) == alone

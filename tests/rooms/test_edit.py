@@ -172,6 +172,12 @@ def test_an_editor_is_learnt_once(bases: dict[str, str], tmp_path: Path) -> None
     settings = {k: v for k, v in SMALL["mend"].items() if k != "train_records"}
     edit(plan(bases["llama"], "mend", [EDIT], editor=str(tmp_path / "a"), **settings), out=tmp_path / "b")
     assert Delta.load(tmp_path / "a").seals == Delta.load(tmp_path / "b").seals
+    model = tiny("llama", seed=7)
+    model.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(LuthierError, match="base"):
+        edit(plan(str(tmp_path / "other"), "mend", [EDIT], editor=str(tmp_path / "a"), **settings), out=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,48 @@ def test_errors_name_the_stage(tmp_path: Path) -> None:
         load_stages(CHAIN, ["train.steps=3"])
     with pytest.raises(LuthierError, match="beside stages"):
         load_stages({**CHAIN, "base": "practice"})
+
+
+LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_every_run_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = {"name": "small", "compress": {"delta": "@second", "method": "bitdelta"}}
+    chain = {"stages": [*CHAIN["stages"][:2], small]}
+    done = run_stages(chain, out=tmp_path, progress=False, launcher=LAUNCHER)
+    assert [row["name"] for row in done.stages] == ["first", "second", "small"]
+    for name in ("first", "second"):
+        report = json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
+        assert report["cost"]["processes"] == 2
+    header = json.loads((tmp_path / "second" / "delta.json").read_text(encoding="utf-8"))
+    assert header["lineage"]["started_from"] == [str(tmp_path / "first")]
+
+
+def test_a_launched_run_that_fails_or_is_asked_to_stop(tmp_path: Path) -> None:
+    """Its launcher's code is an error; a signal to the chain is handed on to it, and leaves a chain to go on with."""
+    script = tmp_path / "launcher"
+    with pytest.raises(
+        LuthierError, match="stage 'first': .*launcher -m luthier tune .*first.yaml.* ended with code 3"
+    ):
+        _as_launcher(script, "exit 3")
+        run_stages(CHAIN, out=tmp_path / "a", progress=False, launcher=str(script))
+    _as_launcher(script, f'trap "exit 143" TERM; kill -TERM {os.getpid()}; while :; do sleep 0.05; done')
+    done = run_stages(CHAIN, out=tmp_path / "b", progress=False, launcher=str(script))
+    assert done.stopped == "SIGTERM" and done.stages == []
+
+
+def _as_launcher(script: Path, does: str) -> None:
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o755)
+
+
+def test_processes_are_started_by_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LuthierError, match="launcher 'nowhere -n 2': no such command"):
+        run_stages(CHAIN, out=tmp_path, progress=False, launcher="nowhere -n 2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LuthierError, match="start it once, with --launcher"):
+        run_stages(CHAIN, out=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
