@@ -113,7 +113,7 @@ def pair(name: str, config: Path, place: Path, args: argparse.Namespace, peer: s
     theirs: dict[str, float] = {}
     for _ in range(args.repeat):
         ours = best(
-            ours, run([sys.executable, "-m", "luthier.cli", "merge", str(config), "--quiet"], ["--out"], place / "ours")
+            ours, run([sys.executable, "-m", "luthier", "merge", str(config), "--quiet"], ["--out"], place / "ours")
         )
         if peer:
             theirs = best(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.algebra.tensors import Files, Place, read_places
 from luthier.bases.fingerprint import fingerprint_of
+from luthier.bases.load import RECOMPUTED
 from luthier.bases.locate import read_json
-from luthier.bridge.weights_file import read_safetensors
-from luthier.errors import LuthierError
-
-INDEX = "model.safetensors.index.json"
-RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|attention\.(masked_)?bias$|position_ids$")
-"""Tensors of old checkpoints that hold constants which are computed today; they are not carried on."""
+from luthier.bridge.tensors import Files, places_of
 
 
 class Source:
@@ -73,7 +66,7 @@ class Checkpoint(Source):
     def __init__(self, folder: Path, name: str = "") -> None:
         self.folder, self.name = folder, name or str(folder)
         self.config = read_json(folder / "config.json")
-        self.places = _places(folder)
+        self.places = places_of(folder)
         self._files = Files()
 
     def names(self) -> list[str]:
@@ -97,32 +90,6 @@ class Checkpoint(Source):
 
     def close(self) -> None:
         self._files.close()
-
-
-def _places(folder: Path) -> dict[str, Place]:
-    index = folder / INDEX
-    if index.exists():
-        try:
-            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            wanted = {name: folder / file for name, file in table.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise LuthierError(f"{index}: no index of shards ({e}): copy the folder again") from e
-        lost = sorted({f.name for f in wanted.values() if not f.exists()})
-        if lost:
-            raise LuthierError(f"{folder} lacks {lost[0]} ({len(lost)} shards missing): copy it again")
-    else:
-        wanted = {}
-    files = sorted(set(wanted.values())) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        read_safetensors(folder / "model.safetensors")  # raises with the reason
-    places: dict[str, Place] = {}
-    for file in files:
-        places |= read_places(file)
-    if absent := sorted(set(wanted) - set(places)):
-        raise LuthierError(
-            f"{folder}: its index names {absent[0]}, which no shard holds ({len(absent)} such): copy it again"
-        )
-    return places
 
 
 def mark_of(source: Checkpoint, held: str) -> str:

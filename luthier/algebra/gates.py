@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from luthier.algebra.sources import Source
 from luthier.bases.load import quiet
 from luthier.bases.tokens import load_tokenizer
 from luthier.errors import LuthierError
+from luthier.parts.seeds import generator_of
 from luthier.plan.moe import DRAWN, Expert, MoePlan
 
 SMALLEST = 1e-8
@@ -32,7 +32,7 @@ def gates(plan: MoePlan, experts: Sequence[Expert], base: Source, layers: int, h
     have norm 1. The rules are mergekit's; drawn rows here come from the plan's seed.
     """
     shape = (layers, len(experts), hidden)
-    g = torch.Generator().manual_seed(seeded(plan.seed, "gates"))
+    g = generator_of(plan.seed, "gates")
     if plan.gate_mode == "random":
         return torch.randn(shape, generator=g)
     if plan.gate_mode == "uniform_random":
@@ -66,11 +66,6 @@ def alike(rows: Tensor) -> list[int]:
 def drawn(plan: MoePlan) -> bool:
     """Whether no prompt decides."""
     return plan.gate_mode in DRAWN
-
-
-def seeded(seed: int, name: str) -> int:
-    """A seed of its own for everything that draws."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
 def _tokens(words: Any, prompts: Sequence[str]) -> Any:

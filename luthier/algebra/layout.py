@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from luthier.algebra.sources import RECOMPUTED, Source
+from luthier.algebra.sources import Source
+from luthier.bases.load import RECOMPUTED
 from luthier.bases.roles import role_by_name
 from luthier.errors import LuthierError, nearest
 from luthier.plan.merge import Input, MergePlan, Parameters, Ref, Slice, SliceInput

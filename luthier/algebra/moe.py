@@ -12,11 +12,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from luthier.algebra.gates import alike, drawn, gates, seeded
+from luthier.algebra.gates import alike, drawn, gates
 from luthier.algebra.outcome import BESIDE, TOKENIZER, vocabulary_of
-from luthier.algebra.sources import RECOMPUTED, Source, Tuned
+from luthier.algebra.sources import Source, Tuned
 from luthier.algebra.writer import ShardedFile, Spec
+from luthier.bases.load import RECOMPUTED
 from luthier.errors import LuthierError, nearest
+from luthier.parts.seeds import generator_of
 from luthier.plan.moe import Expert, MoePlan
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -326,7 +328,7 @@ def _taken(
             for name in names:
                 value = source.read(name)
                 if expert.noise_scale:
-                    g = torch.Generator().manual_seed(seeded(plan.seed, f"{first + k}:{name}"))
+                    g = generator_of(plan.seed, first + k, name)
                     value = value + torch.randn(value.shape, generator=g).to(value.dtype) * expert.noise_scale
                 if expert.residual_scale is not None and "down_proj" in name:
                     value = value * expert.residual_scale

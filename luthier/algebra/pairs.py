@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.algebra.checkpoints import RECOMPUTED
 from luthier.bases.fingerprint import fingerprint_template, fingerprint_tokenizer
+from luthier.bases.load import RECOMPUTED
 from luthier.bridge.checkpoint import Checkpoint
 from luthier.errors import LuthierError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from luthier.algebra.checkpoints import RECOMPUTED, Checkpoint, Source, mark_of
+from luthier.algebra.checkpoints import Checkpoint, Source, mark_of
 from luthier.algebra.tuned import ADAPTER, Tuned
 from luthier.bases.fingerprint import compare
 from luthier.bases.locate import locate, read_json
@@ -13,7 +13,7 @@ from luthier.delta.header import read_header
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
 
-__all__ = ["ADAPTER", "RECOMPUTED", "Checkpoint", "Source", "Tuned", "is_delta", "mark_of", "open_source"]
+__all__ = ["ADAPTER", "Checkpoint", "Source", "Tuned", "is_delta", "mark_of", "open_source"]
 
 
 def open_source(name: str, lora: str | None = None, base: str | None = None, revision: str | None = None) -> Source:

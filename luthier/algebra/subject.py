@@ -25,6 +25,7 @@ from luthier.delta.folder import UNWRITABLE
 from luthier.editing.engine import Hook, Seen, Subject, Text, Weights, key
 from luthier.errors import LuthierError
 from luthier.measuring.forward import vocabulary_of
+from luthier.parts.seeds import generator_of
 from luthier.sampling.generate import Sampling, generate, stop_ids
 
 LOGITS = 1 << 25
@@ -173,8 +174,7 @@ class ModelSubject(Subject):
         return [t for t in made if not any(_holds(t.ids, target) for target in told)]
 
     def generator(self, *names: object) -> torch.Generator:
-        text = "/".join(map(str, (self.seed, *names)))
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+        return generator_of(self.seed, *names)
 
     @torch.no_grad()
     def moment(self, site: Site) -> Tensor:

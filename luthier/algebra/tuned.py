@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luthier.algebra.checkpoints import Checkpoint, Source, mark_of
 from luthier.algebra.pieces import Touch, put_on
-from luthier.algebra.tensors import Files, Place, read_places
+from luthier.bridge.tensors import Files, Place, read_places
 from luthier.delta import FORMS, Form, No, Site
 from luthier.delta.artefact import Delta, Piece, check_files
 from luthier.delta.header import read_header, site_of

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.algebra.tensors import NAMES, buffer_of
+from luthier.bridge.tensors import NAMES, buffer_of
 from luthier.delta.folder import UNWRITABLE, refuse_existing
 from luthier.delta.stream import fsync
 from luthier.errors import LuthierError

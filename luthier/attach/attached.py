@@ -19,6 +19,7 @@ from luthier.attach.weights import gathered, module_at, oriented, read_weight
 from luthier.delta import FORMS, Context, Form, Site, State
 from luthier.delta.artefact import Delta, Piece
 from luthier.errors import LuthierError
+from luthier.parts.seeds import generator_of
 
 HANDLE = "_luthier"
 
@@ -64,7 +65,7 @@ class Attached:
                     f"form '{FORMS.name_of(type(form))}' cannot go on {site.name} ({site.kind}); it goes on {', '.join(form.kinds)}"
                 )
             module = module_at(self.model, site.name)
-            g = torch.Generator().manual_seed(_seed(seed, name, site.name))
+            g = generator_of(seed, name, site.name)
             own = form.at == "base" or site.kind == "fused-experts"  # several such sites share one module
             key = f"{site.name}.{site.parameter}" if own else site.name
             p0, f0 = form.build(site, g)
@@ -391,12 +392,6 @@ def _check_shapes(piece: Piece, key: str, anchor: Tensor, weight: Any) -> None:
 
 def _holder(piece: str, site: Site) -> str:
     return f"{piece}-{site.parameter}" if site.kind == "fused-experts" else piece
-
-
-def _seed(seed: int, *names: str) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256("/".join([str(seed), *names]).encode()).digest()[:7], "big")
 
 
 def attached(model: nn.Module) -> Attached:

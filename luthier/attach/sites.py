@@ -18,8 +18,6 @@ WHOLE = ("attention", "feed-forward", "layer", "model")
 """Kinds of site that are no part with a weight."""
 MODULES = {"attn.module": "attention", "ffn.module": "feed-forward"}
 """Patterns of the whole self-attention and feed-forward modules, for forms that can sit on these and on parts."""
-OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text")
-"""Families (model_type) whose norms multiply by 1 + weight: there the kind is 'offset-norm'."""
 
 
 def sites_of(
@@ -84,12 +82,11 @@ def site_of(roles: Roles, part: Part) -> Site:
         "norm": (part.d_in,),
         "fused-experts": (part.experts, part.d_out, part.d_in),
     }.get(part.kind, (part.d_out, part.d_in) if part.d_out != part.d_in else (part.d_out,))
-    offset = part.kind == "norm" and getattr(roles.config, "model_type", "") in OFFSET_NORMS
     return Site(
         name=part.module,
         role=part.role,
         layer=part.layer,
-        kind="offset-norm" if offset else part.kind,
+        kind="offset-norm" if part.offset else part.kind,
         d_in=part.d_in,
         d_out=part.d_out,
         bias=part.bias and leaf != "bias",

@@ -28,7 +28,7 @@ CLASSES = {
 FRESH = ("classifier", "pooler")
 """Roles whose parts a classification base may start anew."""
 RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|attention\.(masked_)?bias$|position_ids$")
-"""Keys of old checkpoints for constants that are computed today."""
+"""Tensors of old checkpoints that hold constants which are computed today; they are not carried on."""
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 Kind = Literal["linear", "conv1d", "embedding", "norm", "fused-experts", "other"]
@@ -39,6 +41,8 @@ class Part:
     """Number of experts in a fused parameter."""
     transposed: bool = False
     """Whether the weight is held as (…, d_in, d_out)."""
+    offset: bool = False
+    """Whether it is a norm that multiplies by 1 + weight."""
 
     @property
     def module(self) -> str:
@@ -64,6 +68,7 @@ class Raw:
     bias: bool
     experts: int = 0
     transposed: bool = False
+    offset: bool = False
 
 
 def is_attached(name: str) -> bool:
@@ -83,7 +88,8 @@ def raw_parts(model: nn.Module) -> Iterator[Raw]:
         if usual := tuple(n for n in ("weight", "bias") if n in own):
             kind, d_in, d_out, transposed = _shape(module, own[usual[0]].shape)
             names = tuple(prefix + n for n in usual)
-            yield Raw(path, module, kind, names, d_in, d_out, "bias" in own, 0, transposed)
+            offset = kind == "norm" and adds_one(module)
+            yield Raw(path, module, kind, names, d_in, d_out, "bias" in own, 0, transposed, offset)
         for name, value in own.items():
             if name in usual or (name.endswith("_bias") and name.removesuffix("_bias") in own):
                 continue
@@ -109,3 +115,26 @@ def _shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[Kind, int, int, b
     if len(shape) == 1 and "norm" in type(module).__name__.lower():
         return "norm", shape[0], shape[0], False
     return "other", shape[-1], shape[0], False
+
+
+_OFFSET: dict[type[nn.Module], bool] = {}
+
+
+def adds_one(norm: nn.Module) -> bool:
+    """Whether a norm multiplies by 1 + weight: with a weight of zeros it still gives something. Tried once for a class; one
+    that takes more than its input and a gate is taken for a plain norm."""
+    kind = type(norm)
+    if kind not in _OFFSET:
+        probe = copy.copy(norm)
+        own = {n: None if p is None else nn.Parameter(torch.zeros(p.shape)) for n, p in norm._parameters.items()}
+        probe._parameters = own
+        x = torch.linspace(1, 2, len(norm.weight))[None]  # pyright: ignore[reportArgumentType]
+        _OFFSET[kind] = False
+        for given in ((x,), (x, x)):
+            try:
+                with torch.no_grad():
+                    _OFFSET[kind] = bool(kind.forward(probe, *given).any())
+                break
+            except (AttributeError, RuntimeError, TypeError):
+                continue
+    return _OFFSET[kind]

@@ -31,7 +31,6 @@ class Roles:
         self.config: Any = model.config.get_text_config() if hasattr(model, "config") else None  # pyright: ignore
         self.layers: list[str] = layer_prefixes(model)
         self.parts: list[Part] = _parts(model, self.layers, stated or {})
-        self.backbone: str = _backbone(model)
         self.owner: dict[str, Part] = {name: part for part in self.parts for name in part.parameters}
 
     @property
@@ -219,6 +218,7 @@ def _part(raw: Raw, role: str, layers: list[str], two_stacks: bool, ties: Mappin
         tied_with=tuple(tied),
         experts=int(raw.experts),
         transposed=raw.transposed,
+        offset=raw.offset,
     )
 
 
@@ -251,11 +251,6 @@ def role_by_name(family: str, name: str) -> str:
 
 def _stated(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
-
-
-def _backbone(model: nn.Module) -> str:
-    prefix = getattr(model, "base_model_prefix", "")
-    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
 def _unknown_text(model: nn.Module, unknown: list[Raw]) -> str:

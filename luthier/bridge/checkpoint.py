@@ -17,8 +17,8 @@ from luthier.bases.fingerprint import base_tensors
 from luthier.bases.load import load_base
 from luthier.bases.locate import locate, read_json
 from luthier.bases.tokens import start_rows
-from luthier.bridge.tensors import Files, Place, read_places
-from luthier.bridge.weights_file import DTYPES, index_of
+from luthier.bridge.tensors import Files, Place, places_of
+from luthier.bridge.weights_file import DTYPES
 from luthier.delta import Site
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
@@ -55,10 +55,7 @@ class Checkpoint:
         self.new_rows = base.new_rows
         self.tables = frozenset(_tables(self.model)) if self.new_rows else frozenset()
         """Names of the parameters in which the new tokens have rows."""
-        files = index_of(folder)
-        self.places: dict[str, Place] = {}
-        for file in dict.fromkeys(files.values()):
-            self.places |= {k: v for k, v in read_places(file).items() if files.get(k) == file}
+        self.places: dict[str, Place] = places_of(folder)
         self._files = Files()
         self._sources = _sources(self.model, list(self.places))
         self._aliases = _aliases(self.model)
@@ -99,6 +96,15 @@ class Checkpoint:
     def _found(self, name: str) -> str | None:
         return next((n for n in (name, *self._aliases.get(name, ())) if n in self._sources), None)
 
+    def _owned(self, name: str) -> str:
+        if (own := self._found(name)) is None:
+            raise LuthierError(f"{self.folder} lacks {name}: the checkpoint is not whole; copy it again")
+        return own
+
+    def stored_as(self, name: str) -> torch.dtype:
+        """The type in which a parameter lies in the file. Errors: LuthierError where the folder lacks it."""
+        return self.places[self._sources[self._owned(name)][0][0][0]].dtype
+
     def tensor(self, name: str) -> Tensor:
         """A parameter's values in memory's layout and the file's type, with the rows of new tokens; read when it is asked
         for. Errors as of `stored`."""
@@ -115,9 +121,7 @@ class Checkpoint:
 
         Raises LuthierError where the folder lacks it, its shape is not the config's, or it is not floating point.
         """
-        own = self._found(name)
-        if own is None:
-            raise LuthierError(f"{self.folder} lacks {name}: the checkpoint is not whole; copy it again")
+        own = self._owned(name)
         keys, converter = self._sources[own]
         if converter is None:
             value = self.raw(keys[0][0])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.bridge.weights_file import read_safetensors
+from luthier.bridge.weights_file import read_safetensors, shards
 from luthier.errors import LuthierError
 
 DTYPES = {
@@ -94,8 +94,21 @@ def read_places(file: Path) -> dict[str, Place]:
     return places
 
 
+def places_of(folder: Path) -> dict[str, Place]:
+    """Tensor name -> place, over the shards of a checkpoint folder; they must hold all that its index names."""
+    files, named = shards(folder)
+    places: dict[str, Place] = {}
+    for file in files:
+        places |= read_places(file)
+    if absent := sorted(named - set(places)):
+        raise LuthierError(
+            f"{folder}: its index names {absent[0]}, which no shard holds ({len(absent)} such): copy it again"
+        )
+    return places
+
+
 class Files:
-    """Open files, read at any place by any thread."""
+    """Open files, read at any place by any thread. They are closed by `close`, or with the last reference."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
@@ -117,3 +130,6 @@ class Files:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
+
+    def __del__(self) -> None:
+        self.close()

@@ -59,20 +59,26 @@ def _weight_map(index: Path) -> dict[str, str]:
     raise LuthierError(f"{index} is altered: {why}: copy it again")
 
 
-def index_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, over the shards of a checkpoint folder; a shard that its index names must be there."""
+def shards(folder: Path) -> tuple[list[Path], set[str]]:
+    """The weight files of a checkpoint folder, and the tensors that its index names, if it has one; a shard that the index
+    names must be there."""
     index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
+    files, named = sorted(folder.glob("*.safetensors")), set()
     if index.exists():
         table = _weight_map(index)
         lost = sorted({f for f in table.values() if not (folder / f).exists()})
         if lost:
             raise LuthierError(f"{folder} lacks {lost[0]} ({len(lost)} shards missing): copy it again")
-        files = sorted({folder / f for f in table.values()})
+        files, named = sorted({folder / f for f in table.values()}), set(table)
     if not files:
         read_safetensors(folder / "model.safetensors")  # raises with the reason
+    return files, named
+
+
+def index_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, over the shards of a checkpoint folder. Errors as of `shards`."""
     places: dict[str, Path] = {}
-    for file in files:
+    for file in shards(folder)[0]:
         try:
             with safe_open(file, "pt") as f:
                 places |= dict.fromkeys(f.keys(), file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from luthier.delta import Site
 from luthier.errors import LuthierError
+from luthier.parts.seeds import generator_of
 
 Items = Mapping[str, Site]
 """Full parameter name -> the site that describes it (`parameter`, `shape` as stored, role, layer, kind)."""
@@ -72,8 +72,7 @@ class Choice:
     def generator(self, ctx: ChoiceContext, *names: object) -> torch.Generator:
         """Random numbers of this draw: the same seed, draw and names give the same ones anywhere."""
         draw = ctx.step // self.every if self.every else 0
-        text = "/".join(str(part) for part in (ctx.seed, draw, *names))
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+        return generator_of(ctx.seed, draw, *names)
 
 
 # -- scores: one number for every entry, larger is picked first

@@ -64,15 +64,10 @@ class Dataset:
 
         return Collate(self.pad_id, self.kind, packed)
 
-    def batches(
-        self, batch_size: int, rank: int = 0, world: int = 1, *, allow_packing: bool = True
-    ) -> Batches | StreamBatches:
-        """The training batches of one rank: endless, resumable (state_dict, load_state_dict).
-
-        Rows are packed if the plan says so and the caller, who knows whether this base keeps segments apart, allows it.
-        """
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Batches | StreamBatches:
+        """The training batches of one rank: endless, resumable (state_dict, load_state_dict)."""
         spec = self.spec
-        packed = spec.packing and allow_packing
+        packed = spec.packing
         common: dict[str, Any] = {
             **{"collate": self._collate(packed), "seed": self.seed, "rank": rank, "world": world},
             **{"shuffle": spec.shuffle, "bucket": spec.bucket, "window": spec.window},
@@ -98,16 +93,14 @@ class Dataset:
         )
         return over.one_epoch()
 
-    def steps_per_epoch(
-        self, batch_size: int, accumulate: int = 1, world: int = 1, *, allow_packing: bool = True
-    ) -> int | None:
+    def steps_per_epoch(self, batch_size: int, accumulate: int = 1, world: int = 1) -> int | None:
         """Optimiser steps in an epoch; None where only reading tells (streaming with packing): state train.steps."""
-        return self.batches(batch_size, 0, world, allow_packing=allow_packing).steps_per_epoch(accumulate)
+        return self.batches(batch_size, 0, world).steps_per_epoch(accumulate)
 
-    def longest_batch(self, batch_size: int, *, allow_packing: bool = True) -> dict[str, Any]:
+    def longest_batch(self, batch_size: int) -> dict[str, Any]:
         """The largest batch this run can meet, for the rehearsal: the longest rows, or, where lengths are not known yet
         or rows are packed, real rows repeated up to max_length."""
-        packed = self.spec.packing and allow_packing
+        packed = self.spec.packing
         if self.train is not None and not packed:
             order = (-self.train.lengths).argsort(kind="stable")[:batch_size]
             rows = [self.train[int(i)] for i in order]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta.card import card_of
-from luthier.delta.folder import UNWRITABLE, unwritten
+from luthier.delta.folder import UNWRITABLE, file_digest, unwritten
 from luthier.delta.form import Form, No, Site, State
 from luthier.delta.header import FORMAT, OWN, read_header, site_of
 from luthier.delta.registry import FORMS
@@ -239,8 +239,8 @@ class Delta:
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).write_bytes(content)
             header = self.header() | {
-                "digest": _file_digest(new / "delta.safetensors"),
-                "probes_digest": _file_digest(new / "probes.safetensors") if self.probes else None,
+                "digest": file_digest(new / "delta.safetensors"),
+                "probes_digest": file_digest(new / "probes.safetensors") if self.probes else None,
                 "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.files.items())},
             }
             (new / "delta.json").write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -360,13 +360,8 @@ def check_files(folder: Path, header: Mapping[str, Any]) -> dict[str, bytes]:
 def _is_whole(path: Path, stated: str | None) -> None:
     if not path.exists():
         raise LuthierError(f"{path} is missing: the delta folder is incomplete; copy it again")
-    if stated != _file_digest(path):
+    if stated != file_digest(path):
         raise LuthierError(f"{path} is truncated or altered (its digest is not the one in delta.json): copy it again")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _opened(path: Path, piece: str, key: str, form: Form, site: Site, p: Any, fixed: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,12 @@ from luthier.errors import LuthierError
 
 UNWRITABLE = (OSError, SafetensorError)
 """What writing raises where it fails: safetensors tells a full disk by an error of its own."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def unwritten(what: str, error: BaseException, left: str) -> LuthierError:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta.artefact import Delta, digest
-from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
+from luthier.delta.folder import UNWRITABLE, file_digest, refuse_existing, unwritten
 from luthier.delta.registry import MOVES
 from luthier.errors import LuthierError
 from luthier.plan.places import kind_of
@@ -107,7 +107,7 @@ class Wiring:
             header = self.header()
             if self.probes:
                 save_file({k: v.contiguous() for k, v in self.probes.items()}, new / "probes.safetensors")
-                header["probes_digest"] = _file_digest(new / "probes.safetensors")
+                header["probes_digest"] = file_digest(new / "probes.safetensors")
             (new / "README.md").write_text(_card(self), encoding="utf-8")
             (new / FILE).write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             if folder.exists():
@@ -204,17 +204,12 @@ def _probes(folder: Path, header: dict[str, Any]) -> dict[str, Tensor]:
     if stated is None:
         return {}
     try:
-        if _file_digest(path) != stated:
+        if file_digest(path) != stated:
             raise LuthierError(f"{path} is truncated or altered (its digest is not the one in {FILE}): copy it again")
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e:
         raise LuthierError(f"{path} is missing or not whole ({e}): copy it again") from e
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _mark(delta: Delta) -> str:

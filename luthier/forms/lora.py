@@ -39,21 +39,23 @@ def check_settings(form: LoRA) -> None:
 
 
 def check_by_site(form: LoRA, sites: Sequence[Site]) -> None:
-    """Raises ValueError for a pattern that names no site, and for a rank that none has room for."""
+    """Raises ValueError for a pattern that names no site, a rank that none has room for, and dropout where there is no x."""
     if idle := [k for k in (*form.ranks, *form.alphas) if not any(named(k, s) for s in sites)]:
         raise ValueError(f"'{idle[0]}' in ranks or alphas names none of its sites: correct it, or leave it out")
     room = max((min(s.d_in, s.d_out) for s in sites), default=form.rank)
     if (rank := max((form.at_site(s)[0] for s in sites), default=0)) > room:
         raise ValueError(f"rank {rank} is more than any of its sites has room for: state one of at most {room}")
+    if form.dropout and (fused := next((s.name for s in sites if s.kind == "fused-experts"), None)):
+        raise ValueError(f"dropout cannot act on the fused experts of {fused}: set it to 0, or leave them out")
 
 
 @FORMS.add("lora")
 @dataclass(frozen=True)
 class LoRA(Form):
-    """ΔW = s · B A with A [r, in] Gaussian-uniform and B [out, r] zero at the start; the weight itself is frozen.
+    """ΔW = s · B A with A [r, in] Kaiming-uniform and B [out, r] zero at the start; the weight itself is frozen.
 
-    s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling. Fused experts get one pair each. As in the authors' code A
-    is drawn Kaiming-uniform, and on an embedding A is zero and B normal. Source: Hu et al. 2021 (P110); rsLoRA: Kalajdzievski 2023.
+    s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling. Fused experts get one pair each. As in the authors' code
+    a = √5 in drawing A, and on an embedding A is zero and B normal. Source: Hu et al. 2021 (P110); rsLoRA: Kalajdzievski 2023.
     """
 
     rank: int = 16
@@ -62,7 +64,7 @@ class LoRA(Form):
     """Numerator of the scale; default 2 r."""
     scaling: Literal["standard", "rslora"] = "standard"
     dropout: float = 0.0
-    """Share of x's entries zeroed on the low-rank path, in training."""
+    """Share of x's entries zeroed on the low-rank path, in training; none of an embedding's, whose x are tokens."""
     ranks: dict[str, int] = field(default_factory=dict)
     """Other ranks by role or name pattern, first match: {"attn.q": 4, "*.0.*": 32}."""
     alphas: dict[str, float] = field(default_factory=dict)

@@ -82,7 +82,8 @@ class PAT(Sparsifier):
     fixed from 0.8 T on. `penalty_shared` asks for `keep` of the channels to be open, M ≥ 0: 10 |open − wanted| / wanted,
     passed straight through to M, + mean (M − ½)² of open and + mean (M + ½)² of closed ones. T steps at rate lr move a
     logit by about T · lr, which ½ needs. Everywhere but in training m is 1 or 0. Our reading: there exactly the wanted
-    number is open, those of largest M, which are the open ones once the penalty is met; the mean of no channels is 0.
+    number is open, those of largest M, which are the open ones once the penalty is met, and all while all M are equal, as at
+    the start; the mean of no channels is 0.
     """
 
     keep: float = 0.75

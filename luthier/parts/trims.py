@@ -148,7 +148,5 @@ def band(chunk: Chunk, n: int, first: int, last: int, sort: Callable[[Tensor], T
         flags = torch.zeros(n, dtype=whole.dtype)
         flags[sort(whole.float())] = 1
         return Band(low, high, listed=flags)
-    if low == high:  # both limits cut through the same ties: the first fall out, those after them stay
-        take = skip + last - first
     until = _behind(chunk, n, high, take) if take < same else sys.maxsize
     return Band(low, high, _behind(chunk, n, low, skip), until)

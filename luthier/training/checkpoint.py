@@ -22,6 +22,7 @@ from luthier.attach import Attached
 from luthier.attach.edits import assign
 from luthier.attach.weights import gathered
 from luthier.delta.folder import UNWRITABLE, unwritten
+from luthier.delta.stream import fsync
 from luthier.errors import LuthierError
 from luthier.training.groups import Optimiser
 
@@ -145,9 +146,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         save_file(dict(tensors), new / "tensors.safetensors")
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in (*new.iterdir(), new):
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+            fsync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(new, final)
     except UNWRITABLE as e:

@@ -1,4 +1,4 @@
-"""The same verbs for Python as on the command line: tune, load, verify, audit, generate …, each imported at first use."""
+"""The same verbs for Python as on the command line: tune, load, verify, audit, generate, serve …, each imported at first use."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.verbs.merge import merge
     from luthier.verbs.port import port
     from luthier.verbs.rebase import rebase
+    from luthier.verbs.serve import serve
     from luthier.verbs.tune import tune
     from luthier.verbs.verify import verify
 
@@ -41,6 +42,7 @@ _HOME = {
     "merge": "luthier.verbs.merge",
     "port": "luthier.verbs.port",
     "rebase": "luthier.verbs.rebase",
+    "serve": "luthier.verbs.serve",
     "tune": "luthier.verbs.tune",
     "verify": "luthier.verbs.verify",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "merge",
     "port",
     "rebase",
+    "serve",
     "tune",
     "verify",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,12 +166,9 @@ def _report(
 ) -> dict[str, Any]:
     parameters = tuned_bytes = 0
     for name in base.items:
-        shape = base.shapes[name]
-        size = 1
-        for n in shape:
-            size *= n
+        size = math.prod(base.shapes[name])
         parameters += size
-        width = 2 if spec.dtype in ("bfloat16", "float16") else base.tensor(name).element_size()
+        width = 2 if spec.dtype in ("bfloat16", "float16") else base.stored_as(name).itemsize
         tuned_bytes += size * width
     file = (place / "delta.safetensors").stat().st_size if place is not None else outcome.delta.nbytes()
     return {

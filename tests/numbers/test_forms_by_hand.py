@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from luthier.attach import attached
-from luthier.attach.sites import parameter_items, sites_for
+from luthier.attach.sites import parameter_items, sites_for, sites_of
 from luthier.bases.roles import Roles
 from luthier.choices.engine import ChoiceContext, Items, layer_of
 from luthier.delta import CHOICES, FORMS, Site, State
+from luthier.errors import LuthierError
 from luthier.parts.lowrank import row_norms
 from tests.tiny import tiny
 
@@ -112,6 +113,15 @@ def test_lora_on_an_embedding_starts_as_the_authors_do() -> None:
         site = Site("e", "embed", None, "embedding", words, 64)
         p, _ = FORMS.make("lora", {"rank": 8}).build(site, torch.Generator().manual_seed(0))
         assert not p["A"].any() and 0.9 < float(p["B"].std()) < 1.1
+
+
+def test_lora_refuses_dropout_where_it_could_not_act() -> None:
+    """Fused experts are changed in their weight: there is no x of theirs to drop."""
+    model = tiny("qwen3_moe")
+    form = FORMS.make("lora", {"rank": 2, "dropout": 0.1})
+    with pytest.raises(LuthierError, match="dropout cannot act on the fused experts of .*set it to 0"):
+        attached(model).build("piece", form, sites_of(Roles(model), ["attn.q", "expert"]), 0)
+    attached(model).build("piece", form, sites_of(Roles(model), "attn.q"), 0)
 
 
 @pytest.mark.parametrize("cancel", [False, True])

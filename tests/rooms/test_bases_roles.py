@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from luthier.bases.families import FAMILIES as TABLES
+from luthier.bases.part import _OFFSET, adds_one
 from luthier.bases.roles import Roles
 from luthier.errors import LuthierError
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, tiny
@@ -273,3 +275,22 @@ def test_what_a_delta_attached_has_no_role():
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     layer.add_module("luthier", torch.nn.ParameterDict({"A": torch.nn.Parameter(torch.zeros(2, 32))}))
     assert Roles(model).parts == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_that_multiply_by_one_plus_their_weight_are_known(family):
+    """By what they compute, not by the family's name."""
+    norms = [p for p in Roles(tiny(family)).parts if p.kind == "norm"]
+    assert norms and all(p.offset == family.startswith("gemma") for p in norms)
+
+
+@pytest.mark.parametrize(
+    "room,name,offset",
+    [("nemotron", "NemotronLayerNorm1P", True), ("vaultgemma", "VaultGemmaRMSNorm", True)]
+    + [("qwen3_5_moe", "Qwen3_5MoeRMSNorm", True), ("qwen3_5_moe", "Qwen3_5MoeRMSNormGated", False)],
+)
+def test_norms_of_other_families(room, name, offset):
+    module = importlib.import_module(f"transformers.models.{room}.modeling_{room}")
+    for device in ("cpu", "meta"):
+        _OFFSET.clear()
+        assert adds_one(getattr(module, name)(8).to(device)) is offset

@@ -149,14 +149,14 @@ def test_pairs_need_both_answers_and_sft_counts_the_unused_one(tmp_path: Path) -
         prepare(spec(path, packing=True), tok, kind="pair")
 
 
-def test_packing_is_the_callers_to_allow_and_rehearsal_meets_the_longest(tmp_path: Path) -> None:
+def test_packing_is_as_stated_and_rehearsal_meets_the_longest(tmp_path: Path) -> None:
     path, tok = written(tmp_path, LONG * 4), tokenizer()
-    data = prepare(spec(path, packing=True, max_length=100), tok)
-    assert "segments" in next(data.batches(2)) and "segments" not in next(data.batches(2, allow_packing=False))
+    data, plain = (prepare(spec(path, packing=packed, max_length=100), tok) for packed in (True, False))
+    assert "segments" in next(data.batches(2)) and "segments" not in next(plain.batches(2))
     assert data.longest == 100 and data.longest_batch(2)["input_ids"].shape == (2, 100)
     loose = prepare(spec(path, max_length=1000), tok)
     assert loose.longest_batch(2)["input_ids"].shape == (2, loose.longest) and loose.longest < 1000
-    assert data.steps_per_epoch(2) < data.steps_per_epoch(2, allow_packing=False) == 6
+    assert data.steps_per_epoch(2) < plain.steps_per_epoch(2) == 6
 
 
 # --- the cache

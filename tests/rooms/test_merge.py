@@ -28,7 +28,6 @@ from luthier.algebra.jobs import Method, make_jobs
 from luthier.algebra.layout import lay_out
 from luthier.algebra.outcome import TEMPLATES
 from luthier.algebra.sources import Checkpoint, Tuned, mark_of, open_source
-from luthier.algebra.tensors import read_places
 from luthier.algebra.writer import ShardedFile, Spec, TensorFile, new_folder
 from luthier.attach import attached
 from luthier.attach.sites import sites_for
@@ -36,6 +35,7 @@ from luthier.bases.load import load_base, quiet
 from luthier.bridge.hf import export_hf
 from luthier.bridge.proof import prove
 from luthier.bridge.target import Target, logits_of, target
+from luthier.bridge.tensors import read_places
 from luthier.cli import main
 from luthier.delta import FORMS, MERGES, Stack
 from luthier.delta.artefact import Delta

@@ -139,7 +139,7 @@ def running(place: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     command = [
         sys.executable,
         "-m",
-        "luthier.cli",
+        "luthier",
         "serve",
         str(place / "small"),
         "-d",

@@ -1,5 +1,0 @@
-"""python -m luthier.cli"""
-
-from luthier.cli import main
-
-main()
