@@ -33,6 +33,7 @@ class Prompt(Form):
     dense: ClassVar[bool | No] = No("adds positions to the input; there is no weight change to fold")
     identity: ClassVar[bool | No] = No("any vector before the text is attended to")
     scales: ClassVar[bool | No] = No("a prompt multiplied by 0 is still attended to")
+    packs: ClassVar[bool | No] = No("stands before a row's first token; packed rows have several first tokens")
 
     def __post_init__(self) -> None:
         if self.length < 1:
