@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,6 @@ import torch
 from torch import Tensor
 
 from luthier.bridge.tensors import NAMES, buffer_of
-from luthier.delta.folder import UNWRITABLE, refuse_existing
-from luthier.delta.stream import fsync
 from luthier.errors import LuthierError
 
 SHARD = 5 * 1000**3
@@ -164,38 +160,6 @@ class ShardedFile:
         """Closes what is open, whatever is missing."""
         if self._open is not None:
             self._open.abandon()
-
-
-@contextmanager
-def new_folder(folder: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]:
-    """A fresh neighbour of `folder` to write into; it takes the folder's name at the end, or vanishes with all in it.
-
-    Raises LuthierError where the folder is there and not empty, and for what the system says of the writing.
-    """
-    folder = Path(folder)
-    refuse_existing(folder)
-    new: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        os.chmod(new, 0o755)
-        yield new
-        if sync:
-            for path in [p for p in new.rglob("*") if p.is_file() and p.suffix != ".safetensors"]:
-                fsync(path)
-            fsync(new)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(new, folder)
-        if sync:
-            fsync(folder.parent)
-    except UNWRITABLE as e:
-        raise LuthierError(
-            f"cannot write {folder}: {getattr(e, 'strerror', None) or e}; nothing was left behind"
-        ) from e
-    finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
 
 
 def bytes_of(text: str) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from luthier.bridge.folding import MAX_LOST, add_biases, folded, remove_biases, 
 from luthier.bridge.proof import Check, other_type, refuse, seals_hold
 from luthier.bridge.target import Target, logits_of, target
 from luthier.delta.artefact import Delta
-from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
+from luthier.delta.folder import new_folder, refuse_existing
 from luthier.delta.probes import ModelFn, check_probes, probe_inputs
 from luthier.delta.seals import seals_of
 from luthier.errors import LuthierError
@@ -95,10 +93,7 @@ def _write(
     rows: list[Tensor],
     other: ModelFn | None,
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        os.chmod(new, 0o755)
+    with new_folder(folder) as new:
         with quiet():
             on.model.save_pretrained(new, max_shard_size=max_shard_size)
         if on.tokenizer is not None:
@@ -111,13 +106,6 @@ def _write(
                 checks.append(_probes(on, model, delta, other))
             del model
             refuse(checks, str(folder))
-        if folder.exists():
-            folder.rmdir()
-        os.replace(new, folder)
-    except UNWRITABLE as e:
-        raise unwritten(str(folder), e, "nothing was left behind") from e
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def reload(on: Target, folder: Path) -> Any:

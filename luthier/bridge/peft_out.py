@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from luthier.bridge.peft_virtual import write_prefix, write_prompt
 from luthier.bridge.target import Target, target
 from luthier.delta import FORMS, Site
 from luthier.delta.artefact import Delta, Piece
-from luthier.delta.folder import UNWRITABLE, refuse_existing, unwritten
+from luthier.delta.folder import new_folder, refuse_existing
 from luthier.errors import LuthierError
 
 TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -56,23 +54,13 @@ def to_peft(
     }
     if config["task_type"] == "SEQ_CLS" and "modules_to_save" in config:
         _head(on, config, tensors)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        os.chmod(new, 0o755)
+    with new_folder(folder) as new:
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
         save_file(tensors, new / "adapter_model.safetensors", {"format": "pt"})
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (new / "README.md").write_text(_card(delta, config), encoding="utf-8")
         for name, content in delta.files.items():
             (new / name).write_bytes(content)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(new, folder)
-    except UNWRITABLE as e:
-        raise unwritten(str(folder), e, "nothing was left behind") from e
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return folder
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from luthier.delta.stream import fsync
 from luthier.errors import LuthierError
 
 UNWRITABLE = (OSError, SafetensorError)
@@ -49,3 +53,33 @@ def free_for_files(folder: Path) -> Path:
                 return folder
             raise LuthierError(f"{place} is no folder that can be written to: choose another --out")
     return folder
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]:
+    """A fresh neighbour of `folder` to write into; it takes the folder's name at the end, or vanishes with all in it.
+
+    Raises LuthierError where the folder is there and not empty, and for what the system says of the writing.
+    """
+    folder = Path(folder)
+    refuse_existing(folder)
+    new: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        os.chmod(new, 0o755)
+        yield new
+        if sync:
+            for path in [p for p in new.rglob("*") if p.is_file() and p.suffix != ".safetensors"]:
+                fsync(path)
+            fsync(new)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(new, folder)
+        if sync:
+            fsync(folder.parent)
+    except UNWRITABLE as e:
+        raise unwritten(str(folder), e, "nothing was left behind") from e
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)

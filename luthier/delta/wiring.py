@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta.artefact import Delta, digest
-from luthier.delta.folder import UNWRITABLE, file_digest, refuse_existing, unwritten
+from luthier.delta.folder import file_digest, new_folder
 from luthier.delta.registry import MOVES
 from luthier.errors import LuthierError
 from luthier.plan.places import kind_of
@@ -94,14 +92,7 @@ class Wiring:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the folder whole or not at all; one that is there and not empty is refused."""
-        folder = refuse_existing(folder)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        except OSError as e:
-            raise LuthierError(f"cannot write the assembly to {folder}: {e.strerror or e}") from e
-        try:
-            os.chmod(new, 0o755)
+        with new_folder(folder) as new:
             for n, delta in enumerate(self._deltas()):
                 delta.save(new / "deltas" / str(n))
             header = self.header()
@@ -110,14 +101,7 @@ class Wiring:
                 header["probes_digest"] = file_digest(new / "probes.safetensors")
             (new / "README.md").write_text(_card(self), encoding="utf-8")
             (new / FILE).write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            if folder.exists():
-                folder.rmdir()
-            os.replace(new, folder)
-        except UNWRITABLE as e:
-            raise unwritten(f"the assembly to {folder}", e, "nothing was left behind") from e
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        return folder
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Wiring:

@@ -16,8 +16,8 @@ from luthier.algebra.jobs import Method, make_jobs, replaced
 from luthier.algebra.layout import Layout, lay_out
 from luthier.algebra.outcome import config_of, same_tokens, template_of, write_beside
 from luthier.algebra.sources import ADAPTER, Source, Tuned, is_delta, open_source
-from luthier.algebra.writer import ShardedFile, Spec, bytes_of, new_folder
-from luthier.delta.folder import refuse_existing
+from luthier.algebra.writer import ShardedFile, Spec, bytes_of
+from luthier.delta.folder import new_folder, refuse_existing
 from luthier.errors import LuthierError
 from luthier.plan.merge import MergePlan, Ref, load_merge
 from luthier.plan.places import kind_of

@@ -10,8 +10,8 @@ from typing import Any
 
 from luthier.algebra.moe import Assembled, write_moe
 from luthier.algebra.sources import open_source
-from luthier.algebra.writer import bytes_of, new_folder
-from luthier.delta.folder import refuse_existing
+from luthier.algebra.writer import bytes_of
+from luthier.delta.folder import new_folder, refuse_existing
 from luthier.plan.moe import MoePlan, load_moe
 
 __all__ = ["Assembled", "moe"]

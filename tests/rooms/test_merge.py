@@ -28,7 +28,7 @@ from luthier.algebra.jobs import Method, make_jobs
 from luthier.algebra.layout import lay_out
 from luthier.algebra.outcome import TEMPLATES
 from luthier.algebra.sources import Checkpoint, Tuned, mark_of, open_source
-from luthier.algebra.writer import ShardedFile, Spec, TensorFile, new_folder
+from luthier.algebra.writer import ShardedFile, Spec, TensorFile
 from luthier.attach import attached
 from luthier.attach.sites import sites_for
 from luthier.bases.load import load_base, quiet
@@ -39,6 +39,7 @@ from luthier.bridge.tensors import read_places
 from luthier.cli import main
 from luthier.delta import FORMS, MERGES, Stack
 from luthier.delta.artefact import Delta
+from luthier.delta.folder import new_folder
 from luthier.errors import LuthierError
 from luthier.merging.lines import LiNeS
 from luthier.plan.merge import Where, load_merge, resolve
