@@ -51,6 +51,8 @@ class Base:
     """Ids of new tokens: rows of `embed` (and of `head`) that training moves and saves."""
     notes: list[str] = field(default_factory=list)
     """What was chosen on the way, for the report."""
+    seed: int = 0
+    """Of the new parameters and rows at their start."""
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +116,7 @@ def load_base(
             raise LuthierError("base.new_tokens needs the tokenizer; load the base with it")
         rows = add_tokens(words, model, spec.new_tokens, seed)
         roles = Roles(model, spec.roles)
-    return Base(spec, spec.name, model, words, roles, mark, spec.kind, folder, tuple(fresh), tuple(rows), notes)
+    return Base(spec, spec.name, model, words, roles, mark, spec.kind, folder, tuple(fresh), tuple(rows), notes, seed)
 
 
 def _tokenizer_folder(spec: BaseSpec, folder: Path) -> Path:

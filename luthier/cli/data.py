@@ -31,8 +31,9 @@ def show(
     from luthier.data.show import show as render
     from luthier.plan.load import load_plan
     from luthier.training.goal import objective_of, rows_of
+    from luthier.training.starts import inherited
 
-    read = load_plan(plan, overrides or (), methods=False)
+    read, _ = inherited(load_plan(plan, overrides or (), methods=False))
     base = load_base(read.base, weights=False)
     rows = rows_of(objective_of(read, base.kind), base.kind)
     for part in render(read.data, base.tokenizer, n, kind=rows, labels=read.base.labels):

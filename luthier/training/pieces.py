@@ -14,7 +14,7 @@ from luthier.attach.sites import parameter_items, sites_for
 from luthier.bases.load import Base
 from luthier.choices.engine import ChoiceContext
 from luthier.delta import CHOICES, FORMS, Site
-from luthier.delta.artefact import Piece
+from luthier.delta.artefact import Delta, Piece
 from luthier.errors import LuthierError
 from luthier.plan.schema import DeltaSpec
 from luthier.training.groups import Rates
@@ -56,11 +56,11 @@ class Pieces:
     score: Callable[[], None] | None = None
     """Fills `gradients` and `squares`; supplied by the run, which has the data."""
 
-    def attach(self, specs: Iterable[DeltaSpec]) -> None:
-        """Builds the forms and makes the first draw of the choices; names are made unique."""
+    def attach(self, specs: Iterable[DeltaSpec], read: Callable[[str], Delta] = Delta.load) -> None:
+        """Builds the forms and makes the first draw of the choices; names are made unique. read: loads a delta's folder."""
         self.sites = parameter_items(self.base.roles, self.base.model)
         specs, fresh = list(specs), self._fresh()
-        starts = starts_of(specs, self.base, fresh)
+        starts = starts_of(specs, self.base, fresh, read)
         if starts.new:
             self.handle.adopt("new", starts.new)
             self.started.add("new")

@@ -16,13 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from luthier.bases.load import Base
+from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.plan.schema import Plan
 from luthier.training.fast import speed_up
@@ -155,7 +161,7 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
         _as_fast(base)
     without_weights(model, mode, device)
     with mode:
-        pieces = attach_deltas(plan, base)
+        pieces = attach_deltas(plan, base, _read)
     handle = pieces.handle
     fitted = fit(plan, base, block_of(precision.compute, device), traced=True)
     objective = objective_of(plan, base.kind)
@@ -197,6 +203,12 @@ def predict_step(plan: Plan, base: Base, parts: list[Batch], precision: Precisio
     moving, sites = _moving(pieces)
     kept = first.after - first.held + sum(p.numel() * p.element_size() for p in numbers)
     return Prediction(replace(traced, held=first.held, after=first.after), pieces, moving, sites, kept)
+
+
+def _read(folder: str) -> Delta:
+    """A delta that the plan stands on; its numbers are there, and become fake where they meet the base's."""
+    with unset_fake_temporarily():
+        return Delta.load(folder)
 
 
 def _as_fast(base: Base) -> None:

@@ -31,7 +31,7 @@ from luthier.training.loop import Loop, Progress, train
 from luthier.training.machine import Machine, make_accelerator
 from luthier.training.pieces import Pieces, score_gradients
 from luthier.training.precision import precision_of
-from luthier.training.starts import same_base
+from luthier.training.starts import inherited, same_base
 from luthier.training.view import HeadSelector, View, block_of
 
 SCORED = 8
@@ -82,7 +82,7 @@ class Training:
             "new_tokens": spec.new_tokens,
             "labels": spec.labels,
             "dtype": str(base.dtype)[6:],
-            "seed": self.plan.train.seed,
+            "seed": base.seed,
         }
         delta.lineage = {
             "plan": self.plan.model_dump(mode="json", by_alias=True),
@@ -138,6 +138,7 @@ def interruptible() -> Iterator[None]:
 
 def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True) -> Training:
     """Loads the base and the data, attaches the deltas, proves what can be proven, and resumes if asked."""
+    plan, seed = inherited(plan)
     torch.manual_seed(plan.train.seed)
     set_malloc()
     limit_kernels()
@@ -146,7 +147,7 @@ def build(plan: Plan, out: Path, *, resume: bool = False, progress: bool = True)
     )
     device = accelerator.device
     precision, spec = precision_of(plan, has_bf16(device))
-    base = load_base(spec, device=device, seed=plan.train.seed)
+    base = load_base(spec, device=device, seed=seed)
     base.notes += [precision.note] if precision.note else []
     whole = None if base.new_rows else full_fingerprint(base.model, base.new_parameters)
     objective = objective_of(plan, base.kind)
@@ -208,17 +209,17 @@ def _check(plan: Plan, data: Any) -> None:
         raise LuthierError(f"train.{wants[-1]} needs evaluations on the way: state train.eval_every")
 
 
-def attach_deltas(plan: Plan, base: Base) -> Pieces:
-    """The base's earlier deltas, frozen, and the plan's own on top; nothing has been drawn yet."""
+def attach_deltas(plan: Plan, base: Base, read: Callable[[str], Delta] = Delta.load) -> Pieces:
+    """The base's earlier deltas, frozen, and the plan's own on top; nothing has been drawn yet. read: loads a delta's folder."""
     handle = attached(base.model)
     for k, folder in enumerate(plan.base.deltas):
-        parent = Delta.load(folder)
+        parent = read(folder)
         same_base(parent, base)
         for piece in parent.pieces:
             piece.name = f"parent{k}-{piece.name}"
             handle.add(piece)
     pieces = Pieces(handle, base, plan.train.seed, parents=frozenset(handle.pieces))
-    pieces.attach(plan.delta)
+    pieces.attach(plan.delta, read)
     return pieces
 
 

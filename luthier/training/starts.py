@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from luthier.bases.fingerprint import compare
 from luthier.bases.load import Base
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta, Piece
+from luthier.delta.header import read_header
 from luthier.errors import LuthierError
-from luthier.plan.schema import DeltaSpec
+from luthier.plan.schema import DeltaSpec, Plan
 
 
 @dataclass
@@ -25,16 +26,49 @@ class Starts:
     """What no delta of the plan takes: it stays as it is, on and frozen, and is saved with the rest."""
 
 
-def starts_of(specs: Sequence[DeltaSpec], base: Base, fresh: Collection[str]) -> Starts:
+def inherited(plan: Plan) -> tuple[Plan, int]:
+    """The plan with the labels and new tokens of the deltas that it stands on or goes on from, and the seed that the numbers
+    which a checkpoint lacks start with: theirs, since exact differences rest on it, or else the run's own.
+
+    Errors: LuthierError where the plan, or two of the deltas, have other labels or tokens, or other seeds for them.
+    """
+    named = dict.fromkeys([*plan.base.deltas, *(d.start_from for d in plan.delta if d.start_from)])
+    cards = {folder: read_header(folder)["base"] for folder in named}
+    found: dict[str, list[str]] = {}
+    seeds: dict[int, str] = {}
+    for folder, card in cards.items():
+        for key in ("labels", "new_tokens"):
+            if not (brought := card.get(key)):
+                continue
+            stated = found.setdefault(key, getattr(plan.base, key) or brought)
+            if stated != brought:
+                raise LuthierError(
+                    f"base.{key}: {folder} was made with {brought}, not with {stated}: state the same, or leave it out; to "
+                    "go beyond it, 'luthier export' it and name that as the base"
+                )
+            seeds.setdefault(card.get("seed") or 0, folder)
+    if len(seeds) > 1:
+        one, other = list(seeds.values())[:2]
+        raise LuthierError(
+            f"{one} and {other} started their new numbers from different seeds: 'luthier export' one and name that as the base"
+        )
+    base = plan.base.model_copy(update=found)
+    return plan.model_copy(update={"base": base}), next(iter(seeds), plan.train.seed)
+
+
+def starts_of(
+    specs: Sequence[DeltaSpec], base: Base, fresh: Collection[str], read: Callable[[str], Delta] = Delta.load
+) -> Starts:
     """The pieces of every delta that `specs` go on from, by where they go.
 
     A form takes the piece of its name, or the only one; a choice the moved parameters of its name where several choices
     go on from that delta, else all of them. fresh: parameters that are the checkpoint's new ones, in whole or in part.
+    read: loads a delta's folder.
     Errors: another base, a piece that is not there or is taken twice, settings that the piece contradicts.
     """
     starts = Starts()
     for folder in dict.fromkeys(s.start_from for s in specs if s.start_from):
-        parent = Delta.load(folder)
+        parent = read(folder)
         same_base(parent, base)
         new = [p for p in parent.pieces if f"{p.name}-".startswith("new-") and set(p.sites) <= set(fresh)]
         starts.new += new

@@ -19,6 +19,7 @@ from luthier.training.goal import objective_of, rows_of
 from luthier.training.precision import precision_of
 from luthier.training.predict import predict_step
 from luthier.training.run import steps_of
+from luthier.training.starts import inherited
 from luthier.training.view import BLOCK, Batch
 
 EFFICIENCY = {"fp32": 0.72, "bf16": 0.53}
@@ -70,7 +71,7 @@ def dry_run(plan: Plan | dict[str, Any] | str | os.PathLike[str], overrides: Seq
 
     Errors: everything about plan, base, records and deltas that would stop the run before step one.
     """
-    plan = load_plan(plan, overrides)
+    plan, _ = inherited(load_plan(plan, overrides))
     device = choose_device(None)
     precision, spec = precision_of(plan, has_bf16(device))
     base = load_base(spec, weights=False)

@@ -14,7 +14,10 @@ from luthier.bridge.target import logits_of
 from luthier.delta.artefact import Delta
 from luthier.errors import LuthierError
 from luthier.training.run import build
+from luthier.verbs.dry_run import dry_run
+from luthier.verbs.load import load
 from luthier.verbs.tune import tune
+from luthier.verbs.verify import verify
 from tests.runs.support import World, assert_same, interrupted, run
 from tests.tiny import tiny_ids
 
@@ -126,3 +129,47 @@ def test_a_fresh_head_trains_on(delta: dict[str, Any], world: World, tmp_path: P
     done = Delta.load(tmp_path / "out")
     assert {p.name for p in done.pieces} == {p.name for p in old.pieces}
     assert not torch.equal(numbers(done, "new")["score.weight|bits"], numbers(old, "new")["score.weight|bits"])
+
+
+@pytest.fixture(scope="module")
+def worded(world: World) -> Path:
+    """A delta of a form and of a row for one new token, which started from seed 0."""
+    return tuned(world, world.folder / "worded", LORA, base={"name": str(world.base()), "new_tokens": ["<hm>"]})
+
+
+@pytest.mark.parametrize("how", ["start_from", "base.deltas"])
+def test_new_tokens_come_along(how: str, world: World, worded: Path, tmp_path: Path) -> None:
+    """Unstated, and whatever the run's own seed: their rows start as they did for the delta, whose differences rest on it."""
+    delta, base = (
+        ({**LORA, "start_from": str(worded)}, {}) if how == "start_from" else (LORA, {"deltas": [str(worded)]})
+    )
+    plan = world.plan(delta, base={"name": str(world.base()), **base}, train={"steps": 3, "lr": 1e-2, "seed": 5})
+    training = build(plan, tmp_path / "begun", progress=False)
+    model = load(str(world.base()), deltas=[str(worded)])
+    assert torch.equal(model.get_input_embeddings().weight, training.base.model.get_input_embeddings().weight)
+    tune(plan, out=tmp_path / "out", progress=False)
+    done = Delta.load(tmp_path / "out")
+    assert done.base["new_tokens"] == ["<hm>"] and done.base["seed"] == 0 and "tokenizer.json" in done.files
+    assert verify(tmp_path / "out")
+    other = world.plan(delta, base={"name": str(world.base()), "new_tokens": ["<x>"], **base})
+    with pytest.raises(LuthierError, match=r"base.new_tokens: .*worded was made with \['<hm>'\], not with \['<x>'\]"):
+        build(other, tmp_path / "other", progress=False)
+
+
+def test_new_tokens_that_started_apart_are_refused(world: World, worded: Path, tmp_path: Path) -> None:
+    base = {"name": str(world.base()), "new_tokens": ["<hm>"]}
+    tune(world.plan(LORA, base=base, train={"steps": 2, "seed": 3}), out=tmp_path / "b", progress=False)
+    plan = world.plan(LORA, base={**base, "deltas": [str(worded), str(tmp_path / "b")]})
+    with pytest.raises(LuthierError, match="started their new numbers from different seeds"):
+        build(plan, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("spec", [LORA, NORMS], ids=["form", "choice"])
+def test_a_dry_run_stands_on_the_same(spec: Any, world: World, first: Path, worded: Path, tmp_path: Path) -> None:
+    for plan in (
+        world.plan({**spec, "start_from": str(first)}),
+        world.plan(spec, base={"name": str(world.base()), "deltas": [str(worded)]}),
+    ):
+        training = build(plan, tmp_path / "run", progress=False)
+        moved = sum(p.numel() for p in training.loop.optimiser.names.values())
+        assert dry_run(plan).moved == moved > 0
