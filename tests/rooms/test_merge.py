@@ -936,6 +936,7 @@ def test_an_interrupt_waits_for_the_threads(shelf: dict[str, Path], monkeypatch:
 
     monkeypatch.setattr(driver, "_merged", slow)
     torch.set_num_threads(1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without it
     try:
         with pytest.raises(KeyboardInterrupt):
             run(jobs, sources, lambda name, tensor: None)
@@ -943,6 +944,7 @@ def test_an_interrupt_waits_for_the_threads(shelf: dict[str, Path], monkeypatch:
     finally:
         ended.wait(1)
         torch.set_num_threads(threads)
+        signal.signal(signal.SIGINT, before)
 
 
 LIMITED = """
