@@ -15,8 +15,9 @@ from luthier.bridge.merged import verify_merged
 from luthier.bridge.peft_config import read_config
 from luthier.bridge.peft_in import from_peft
 from luthier.bridge.peft_out import HEADS
+from luthier.bridge.peft_words import base_of
 from luthier.bridge.proof import Report, prove
-from luthier.bridge.target import Target, logits_of, target
+from luthier.bridge.target import Target, logits_of
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta
 from luthier.delta.probes import probe_inputs
@@ -40,7 +41,7 @@ def verify_adapter(path: Path, base: Any = None, merged: str | os.PathLike[str] 
     if base is None and not named:
         report.add("base", False, "adapter_config.json names no base: state it (--base)")
         return report
-    on = target(base if base is not None else named)
+    on = base_of(path, base)
     _name(report, named, on, stated=base is not None)
     try:
         delta = from_peft(path, on)
@@ -71,14 +72,14 @@ def _name(report: Report, named: str | None, on: Target, stated: bool) -> None:
 
 def _trained(report: Report, delta: Delta) -> None:
     """Whether what starts at zero (or one) has left it, at every site."""
-    idle, total = [], 0
+    idle, rows, total = [], [], 0
     for piece in delta.pieces:
         kind = FORMS.name_of(type(piece.form))
         for key in piece.sites:
             total += 1
             if not _left_start(kind, piece.p[key]):
-                idle.append(key)
-    if len(idle) == total:
+                (rows if kind == "entries" else idle).append(key)
+    if len(idle) + len(rows) == total:
         report.add("trained", False, f"all {total} sites stand at their start (B is zero): it was saved before training, or "
                    "training had no effect; train again and check the supervised tokens")  # fmt: skip
     elif idle and all(key.split(".")[0] in HEADS for key in idle):
@@ -86,6 +87,10 @@ def _trained(report: Report, delta: Delta) -> None:
     elif idle:
         report.add("trained", False, f"{len(idle)} of {total} sites never moved ({idle[0]}): their gradients did not "
                    "arrive, or the save was partial; train again, or leave them out of target_modules")  # fmt: skip
+    elif rows:
+        report.add(
+            "trained", None, f"the rows of {rows[0]} are as they started: their tokens did not occur in training"
+        )
     else:
         report.add("trained", True, f"all {total} sites moved from their start")
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.bridge.peft_config import by_pattern, listed, matched, named_base, read_config
+from luthier.bridge.peft_config import by_pattern, listed, matched, read_config
 from luthier.bridge.peft_experts import expert_sites, take, unstacked
 from luthier.bridge.peft_keys import LORA, PREFIX, ROWS, TOKENS, checked, some
 from luthier.bridge.peft_parts import Found, expected_sites, moved, new_piece, saved_pieces, split, untied
 from luthier.bridge.peft_virtual import read_prefix, read_prompt
-from luthier.bridge.target import Target, target
+from luthier.bridge.peft_words import base_of, unwrapped
+from luthier.bridge.target import Target
 from luthier.bridge.weights_file import read_safetensors
 from luthier.delta import FORMS, Site
 from luthier.delta.artefact import Delta, Piece
@@ -29,14 +30,14 @@ from luthier.parts.bits import encode
 def from_peft(folder: str | os.PathLike[str], base: Any = None) -> Delta:
     """The delta of an adapter folder that PEFT (or TRL, axolotl, LLaMA-Factory …) wrote; same logits to rounding.
 
-    base: a model, what load_base gives, or a name; default the one adapter_config.json names. It is not changed. Keys
+    base: a model, what load_base gives, or a name; default the one adapter_config.json names, and of a name with the tokens
+    that the adapter's own tokenizer adds. It is not changed. Keys
     that match nothing, expected ones that are missing, other shapes, pickles and settings that are not supported are
     LuthierErrors.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    tensors = read_safetensors(folder / "adapter_model.safetensors")
-    on = target(base if base is not None else named_base(folder))
+    config, tensors = unwrapped(folder, read_config(folder), read_safetensors(folder / "adapter_model.safetensors"))
+    on = base_of(folder, base)
     matrix = re.compile(r"\.lora_[AB]\b(?!.*\.bias$)")
     empty = [k for k, t in tensors.items() if t.numel() == 0 or matrix.search(k) and t.dim() < 2]
     if empty:

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from luthier.bridge.peft import from_peft
+from luthier.bridge.peft_words import base_of
 from luthier.bridge.proof import prove
-from luthier.bridge.target import target
 from luthier.delta.artefact import Delta
 from luthier.delta.folder import refuse_existing
 
@@ -19,9 +19,7 @@ def import_(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None =
     """
     if out is not None:
         refuse_existing(out, [folder, base])
-    from luthier.bridge.peft_config import named_base
-
-    on = target(base if base is not None else named_base(folder))
+    on = base_of(folder, base)
     delta = prove(from_peft(folder, on), on, full=True)
     if out is not None:
         delta.save(out)

@@ -17,11 +17,15 @@ from luthier.bases.roles import Roles
 from luthier.bridge.peft import from_peft, to_peft
 from luthier.bridge.peft_in import READERS
 from luthier.bridge.peft_out import WRITERS
+from luthier.bridge.peft_words import unwrapped
 from luthier.bridge.target import logits_of
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta, Piece
 from luthier.errors import LuthierError
-from tests.tiny import tiny, tiny_ids
+from luthier.verbs.import_ import import_
+from luthier.verbs.load import load
+from luthier.verbs.verify import verify
+from tests.tiny import tiny, tiny_ids, tiny_tokenizer
 
 # PEFT warns of its own defaults and uses names that transformers will drop; none of that is ours.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
@@ -266,3 +270,54 @@ def refused(delta: Delta, tmp_path: Path, base: Any, words: str) -> None:
     with pytest.raises(LuthierError, match=words):
         to_peft(delta, tmp_path / "never", base=base)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"trainable_token_indices": []}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {}],
+    ids=["rows", "saved", "resized"],
+)
+def test_tokens_that_an_adapter_brings_are_added(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its tokenizer lies beside it: the base, which has no rows for them, gets them, and answers as PEFT's model does."""
+    base, words = tmp_path / "base", tiny_tokenizer()
+    first = len(words)
+    tiny("llama", vocab_size=first).save_pretrained(base)
+    words.save_pretrained(base)
+    words.add_tokens(["<|one|>", "<|two|>"])
+    model = tiny("llama", vocab_size=first)
+    model.resize_token_embeddings(first + 2, mean_resizing=False)
+    config = peft.LoraConfig(**C, target_modules=["q_proj"], r=2, **settings)
+    if "trainable_token_indices" in settings:
+        config.trainable_token_indices = [first, first + 1]
+    theirs: Any = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    theirs.eval()
+    theirs.peft_config["default"].base_model_name_or_path = str(base)
+    theirs.save_pretrained(tmp_path / "adapter")
+    words.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 5, first, 7, first + 1, 9]])
+    ours = load(str(base), deltas=[str(tmp_path / "adapter")])
+    with torch.no_grad():
+        assert torch.allclose(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
+    delta = import_(tmp_path / "adapter", tmp_path / "delta")
+    assert delta.base["new_tokens"] == ["<|one|>", "<|two|>"]
+    again = load(str(base), deltas=[str(tmp_path / "delta")])
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
+    assert verify(tmp_path / "adapter")
+
+
+def test_two_values_of_one_saved_module_are_refused() -> None:
+    name, table = "base_model.model.lm_head", torch.ones(3, 2)
+    held = {
+        f"{name}.weight": table,
+        f"{name}.modules_to_save.weight": table,
+        f"{name}.original_module.weight": 0 * table,
+    }
+    assert set(unwrapped(Path("x"), {}, held)[1]) == {f"{name}.weight"}
+    held[f"{name}.modules_to_save.weight"] = 2 * table
+    with pytest.raises(LuthierError, match="lm_head.weight and .* are two values of one parameter"):
+        unwrapped(Path("x"), {}, held)
