@@ -14,7 +14,7 @@ from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.merged import verify_merged
 from luthier.bridge.peft_config import read_config
 from luthier.bridge.peft_in import from_peft
-from luthier.bridge.peft_out import HEADS
+from luthier.bridge.peft_keys import HEADS
 from luthier.bridge.peft_words import base_of
 from luthier.bridge.proof import Report, prove
 from luthier.bridge.target import Target, logits_of

@@ -156,8 +156,11 @@ def matched(config: Mapping[str, Any], modules: Iterable[str], linear: Iterable[
 
 
 def saved_module(config: Mapping[str, Any], module: str) -> bool:
-    """Whether a module is saved whole: PEFT wraps every module whose name ends with an entry of modules_to_save."""
-    return any(module.endswith(m) for m in config.get("modules_to_save") or [])
+    """Whether a module is saved whole, or lies in one that is: PEFT wraps every module whose name ends with an entry of
+    modules_to_save."""
+    parts = module.split(".")
+    around = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return any(name.endswith(m) for m in config.get("modules_to_save") or [] for name in around)
 
 
 def _within_saved(config: Mapping[str, Any], module: str) -> bool:

@@ -25,6 +25,12 @@ LORA = {
 """End of a key -> name of the number in the form."""
 
 
+TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+"""Kind of a base -> PEFT's task_type."""
+HEADS = ("classifier", "score")
+"""Names of the modules that classify."""
+
+
 def some(names: Iterable[str]) -> str:
     """The first three of some names, and how many more there are."""
     names = sorted(names)

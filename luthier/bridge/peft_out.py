@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.bridge.peft_experts import short_parameters, stacked, stems
-from luthier.bridge.peft_keys import PREFIX, ROWS, TOKENS
+from luthier.bridge.peft_keys import HEADS, PREFIX, ROWS, TASKS, TOKENS
 from luthier.bridge.peft_virtual import write_prefix, write_prompt
 from luthier.bridge.target import Target, target
 from luthier.delta import FORMS, Site
@@ -24,8 +24,6 @@ from luthier.delta.artefact import Delta, Piece
 from luthier.delta.folder import new_folder, refuse_existing
 from luthier.errors import LuthierError
 
-TASKS = {"causal": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
-HEADS = ("classifier", "score")
 """Modules that PEFT takes for a classifier's head."""
 MATRIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 TABLE = {"A": "lora_embedding_A", "B": "lora_embedding_B"}

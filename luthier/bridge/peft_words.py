@@ -1,4 +1,4 @@
-"""Tokens that were added where an adapter was trained: its base has no rows for them until they are added there too."""
+"""The base that an adapter folder needs: of its kind, with its labels, and with rows for the tokens that were added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.peft_config import named_base, read_config
-from luthier.bridge.peft_keys import PREFIX, ROWS
+from luthier.bridge.peft_keys import HEADS, PREFIX, ROWS, TASKS
 from luthier.bridge.target import Target, target
 from luthier.bridge.tensors import read_places
 from luthier.errors import LuthierError
@@ -23,18 +23,32 @@ TABLE = ".token_adapter.base_layer.weight"
 
 
 def base_of(folder: str | os.PathLike[str], base: Any = None) -> Target:
-    """The base of an adapter folder, with rows for the tokens that its tokenizer adds, where the adapter has numbers for them.
+    """The base of an adapter folder as the adapter needs it: of its kind, and with rows for the tokens that its tokenizer adds,
+    where the adapter has numbers for them.
 
     base: a model, what load_base gives, a BaseSpec or a name; default the one that adapter_config.json names. A model, and a
     BaseSpec with new tokens, stay as they are.
     """
     given = base if base is not None else named_base(folder)
+    if isinstance(given, (str, os.PathLike)):
+        given = BaseSpec.model_validate({"name": os.fspath(given), **head_of(Path(folder))})
     on = target(given)
-    if not isinstance(given, (str, os.PathLike, BaseSpec)) or on.new_rows:
+    if not isinstance(given, BaseSpec) or on.new_rows:
         return on
     words = words_beyond(Path(folder), on)
-    spec = given if isinstance(given, BaseSpec) else BaseSpec.model_validate({"name": os.fspath(given)})
-    return target(spec.model_copy(update={"new_tokens": words})) if words else on
+    return target(given.model_copy(update={"new_tokens": words})) if words else on
+
+
+def head_of(folder: Path) -> dict[str, Any]:
+    """What an adapter folder says of its base's head, as settings of a BaseSpec: the kind by its task_type, and as many labels
+    as the classifier beside it has rows, called as transformers does."""
+    task = read_config(folder).get("task_type")
+    kind = next((k for k, name in TASKS.items() if name == task), "causal")
+    if kind != "classify":
+        return {} if kind == "causal" else {"kind": kind}
+    found = read_places(folder / "adapter_model.safetensors").items()
+    heads = [p.shape[0] for key, p in found if len(p.shape) == 2 and key.removeprefix(PREFIX).split(".")[0] in HEADS]
+    return {"kind": kind, "labels": [f"LABEL_{n}" for n in range(heads[-1])]} if heads else {"kind": kind}
 
 
 def words_beyond(folder: Path, on: Target) -> list[str]:

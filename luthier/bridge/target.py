@@ -82,7 +82,7 @@ def target(base: Any, tokenizer: Any = None) -> Target:
     if isinstance(base, nn.Module):
         name = getattr(getattr(base, "config", None), "name_or_path", "") or type(base).__name__
         return Target(base, Roles(base), name, tokenizer, kind=kind_of(base))
-    settings = {"new_tokens": list(base.spec.new_tokens)} if base.spec.new_tokens else {}
+    settings = {k: list(v) for k in ("new_tokens", "labels") if (v := getattr(base.spec, k))}
     return Target(
         base.model,
         base.roles,

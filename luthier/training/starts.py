@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from luthier.bases.fingerprint import compare
 from luthier.bases.load import Base
@@ -27,26 +28,28 @@ class Starts:
 
 
 def inherited(plan: Plan) -> tuple[Plan, int]:
-    """The plan with the labels and new tokens of the deltas that it stands on or goes on from, and the seed that the numbers
+    """The plan with kind, labels and new tokens of the deltas that it stands on or goes on from, and the seed that the numbers
     which a checkpoint lacks start with: theirs, since exact differences rest on it, or else the run's own.
 
-    Errors: LuthierError where the plan, or two of the deltas, have other labels or tokens, or other seeds for them.
+    Errors: LuthierError where the plan, or two of the deltas, have another kind, labels or tokens, or other seeds for them.
     """
     named = dict.fromkeys([*plan.base.deltas, *(d.start_from for d in plan.delta if d.start_from)])
     cards = {folder: read_header(folder)["base"] for folder in named}
-    found: dict[str, list[str]] = {}
+    found: dict[str, Any] = {}
     seeds: dict[int, str] = {}
     for folder, card in cards.items():
-        for key in ("labels", "new_tokens"):
+        for key in ("kind", "labels", "new_tokens"):
             if not (brought := card.get(key)):
                 continue
-            stated = found.setdefault(key, getattr(plan.base, key) or brought)
+            said = getattr(plan.base, key)
+            stated = found.setdefault(key, brought if said in (None, [], "causal") else said)
             if stated != brought:
                 raise LuthierError(
                     f"base.{key}: {folder} was made with {brought}, not with {stated}: state the same, or leave it out; to "
                     "go beyond it, 'luthier export' it and name that as the base"
                 )
-            seeds.setdefault(card.get("seed") or 0, folder)
+            if key != "kind":
+                seeds.setdefault(card.get("seed") or 0, folder)
     if len(seeds) > 1:
         one, other = list(seeds.values())[:2]
         raise LuthierError(

@@ -15,7 +15,7 @@ from luthier.bases.fingerprint import fingerprint_template
 from luthier.bases.load import load_base
 from luthier.bridge.folding import MAX_LOST, folded, retie, untie
 from luthier.bridge.peft import from_peft
-from luthier.bridge.peft_words import words_beyond
+from luthier.bridge.peft_words import head_of, words_beyond
 from luthier.bridge.proof import holds, probes_hold, prove, refuse, same_base
 from luthier.bridge.target import Target, target
 from luthier.delta.artefact import Delta, read_header
@@ -67,11 +67,13 @@ def load_all(
     if twice := next((d for d in folders if folders.count(d) > 1), None):
         raise LuthierError(f"the delta {twice} is given twice: leave one of them out")
     own = [d if isinstance(d, Delta) else _read(d) for d in given]
+    named = isinstance(base, (str, os.PathLike, BaseSpec))
+    adapters = [Path(path) for d, path in zip(own, given, strict=True) if d is None and named]  # pyright: ignore[reportArgumentType]
+    if adapters and not isinstance(base, BaseSpec) and not fields.keys() & {"kind", "labels"}:
+        fields = {**head_of(adapters[0]), **fields}
     on = load_base_for(base, [d for d in own if d is not None], fields, device)
-    if isinstance(base, (str, os.PathLike, BaseSpec)) and not on.new_rows:
-        adapters = [Path(path) for d, path in zip(own, given, strict=True) if d is None]  # pyright: ignore[reportArgumentType]
-        if words := list(dict.fromkeys(w for path in adapters for w in words_beyond(path, on))):
-            on = load_base_for(base, [d for d in own if d is not None], {**fields, "new_tokens": words}, device)
+    if not on.new_rows and (words := list(dict.fromkeys(w for path in adapters for w in words_beyond(path, on)))):
+        on = load_base_for(base, [d for d in own if d is not None], {**fields, "new_tokens": words}, device)
     ready = [d if d is not None else prove(from_peft(path, on), on) for d, path in zip(own, given, strict=True)]
     names = ["the delta" if isinstance(d, Delta) else str(d) for d in given]
     _lineage(ready, names)

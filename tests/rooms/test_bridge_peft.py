@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from luthier.attach import attached
 from luthier.attach.sites import sites_for
@@ -308,6 +309,32 @@ def test_tokens_that_an_adapter_brings_are_added(settings: dict[str, Any], tmp_p
     with torch.no_grad():
         assert torch.allclose(again(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
     assert verify(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family, leaf", [("llama", "q_proj"), ("bert", "query"), ("roberta", "query")])
+def test_an_adapter_that_classifies_names_its_bases_head(family: str, leaf: str, tmp_path: Path) -> None:
+    """By name alone: the kind and the number of classes are the adapter's, whatever head its base was saved with."""
+    tiny(family).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    start = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=4, ignore_mismatched_sizes=True
+    )
+    theirs: Any = peft.get_peft_model(start, peft.LoraConfig(task_type="SEQ_CLS", target_modules=[leaf], r=2))
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    theirs.eval().peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    theirs.save_pretrained(tmp_path / "adapter")
+    theirs.config.pad_token_id = 0
+    ids = tiny_ids()
+    import_(tmp_path / "adapter", tmp_path / "delta")
+    for folder in ("adapter", "delta"):
+        ours = load(str(tmp_path / "base"), deltas=[str(tmp_path / folder)])
+        ours.config.pad_token_id = 0
+        with torch.no_grad():
+            assert torch.allclose(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
+    assert verify(tmp_path / "adapter") and verify(tmp_path / "delta")
 
 
 def test_two_values_of_one_saved_module_are_refused() -> None:

@@ -173,3 +173,19 @@ def test_a_dry_run_stands_on_the_same(spec: Any, world: World, first: Path, word
         training = build(plan, tmp_path / "run", progress=False)
         moved = sum(p.numel() for p in training.loop.optimiser.names.values())
         assert dry_run(plan).moved == moved > 0
+
+
+def test_kind_and_labels_come_along(world: World, tmp_path: Path) -> None:
+    rows = [{"text": "abc"[n % 3] * (n % 9 + 1), "label": "abc"[n % 3]} for n in range(32)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    base, data = {"name": str(world.base("llama"))}, {"data": {"train": str(tmp_path / "records.jsonl")}}
+    named = {**base, "kind": "classify", "labels": ["c", "b", "a"]}
+    parent = tuned(world, tmp_path / "parent", LORA, base=named, **data)
+    plan = world.plan({**LORA, "start_from": str(parent)}, base=base, **data, train={"steps": 2, "seed": 4})
+    tune(plan, out=tmp_path / "out", progress=False)
+    done = Delta.load(tmp_path / "out")
+    assert (done.base["kind"], done.base["labels"], done.base["seed"]) == ("classify", ["c", "b", "a"], 0)
+    assert verify(tmp_path / "out")
+    other = world.plan({**LORA, "start_from": str(parent)}, base={**base, "kind": "seq2seq"}, **data)
+    with pytest.raises(LuthierError, match="base.kind: .*parent was made with classify, not with seq2seq"):
+        build(other, tmp_path / "other", progress=False)
