@@ -158,6 +158,8 @@ def load_base_for(
         cards = [d.base for d in deltas]
         for key in ("kind", "labels", "new_tokens"):
             values = [c[key] for c in cards if c.get(key)]
+            if key == "kind" and len(kinds := dict.fromkeys(values)) > 1:
+                raise LuthierError(f"the deltas are for bases of different kinds ({', '.join(kinds)}): load them apart")
             if values and key not in stated and key not in fields:
                 stated[key] = max(values, key=len) if key == "new_tokens" else values[0]
         seed = next((c["seed"] for c in cards if c.get("seed") is not None), 0)

@@ -186,6 +186,8 @@ def test_kind_and_labels_come_along(world: World, tmp_path: Path) -> None:
     done = Delta.load(tmp_path / "out")
     assert (done.base["kind"], done.base["labels"], done.base["seed"]) == ("classify", ["c", "b", "a"], 0)
     assert verify(tmp_path / "out")
+    with pytest.raises(LuthierError, match=r"bases of different kinds \(causal, classify\)"):
+        load(str(world.base("llama")), deltas=[str(tuned(world, tmp_path / "causal", LORA)), str(parent)])
     other = world.plan({**LORA, "start_from": str(parent)}, base={**base, "kind": "seq2seq"}, **data)
     with pytest.raises(LuthierError, match="base.kind: .*parent was made with classify, not with seq2seq"):
         build(other, tmp_path / "other", progress=False)
