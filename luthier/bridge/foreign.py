@@ -18,6 +18,7 @@ from luthier.bridge.peft_keys import HEADS
 from luthier.bridge.peft_words import base_of
 from luthier.bridge.proof import Report, prove
 from luthier.bridge.target import Target, logits_of
+from luthier.bridge.tensors import read_places
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta
 from luthier.delta.probes import probe_inputs
@@ -40,6 +41,11 @@ def verify_adapter(path: Path, base: Any = None, merged: str | os.PathLike[str] 
     named = config.get("base_model_name_or_path")
     if base is None and not named:
         report.add("base", False, "adapter_config.json names no base: state it (--base)")
+        return report
+    try:
+        read_places(path / "adapter_model.safetensors")
+    except LuthierError as e:
+        report.add("keys", False, str(e))
         return report
     on = base_of(path, base)
     _name(report, named, on, stated=base is not None)
