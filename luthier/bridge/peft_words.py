@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.bases.locate import locate, read_json
 from luthier.bases.tokens import load_tokenizer
 from luthier.bridge.peft_config import named_base, read_config
 from luthier.bridge.peft_keys import HEADS, PREFIX, ROWS, TASKS
@@ -31,7 +32,7 @@ def base_of(folder: str | os.PathLike[str], base: Any = None) -> Target:
     """
     given = base if base is not None else named_base(folder)
     if isinstance(given, (str, os.PathLike)):
-        given = BaseSpec.model_validate({"name": os.fspath(given), **head_of(Path(folder))})
+        given = BaseSpec.model_validate({"name": os.fspath(given), **head_of(Path(folder), given)})
     on = target(given)
     if not isinstance(given, BaseSpec) or on.new_rows:
         return on
@@ -39,16 +40,20 @@ def base_of(folder: str | os.PathLike[str], base: Any = None) -> Target:
     return target(given.model_copy(update={"new_tokens": words})) if words else on
 
 
-def head_of(folder: Path) -> dict[str, Any]:
+def head_of(folder: Path, base: str | os.PathLike[str]) -> dict[str, Any]:
     """What an adapter folder says of its base's head, as settings of a BaseSpec: the kind by its task_type, and as many labels
-    as the classifier beside it has rows, called as transformers does."""
+    as the classifier beside it has rows, called as the base (by name) calls as many, or as transformers does."""
     task = read_config(folder).get("task_type")
     kind = next((k for k, name in TASKS.items() if name == task), "causal")
     if kind != "classify":
         return {} if kind == "causal" else {"kind": kind}
     found = read_places(folder / "adapter_model.safetensors").items()
     heads = [p.shape[0] for key, p in found if len(p.shape) == 2 and key.removeprefix(PREFIX).split(".")[0] in HEADS]
-    return {"kind": kind, "labels": [f"LABEL_{n}" for n in range(heads[-1])]} if heads else {"kind": kind}
+    if not heads:
+        return {"kind": kind}
+    place = locate(BaseSpec.model_validate({"name": os.fspath(base)}), weights=False)
+    own = list((read_json(place / "config.json").get("id2label") or {}).values())
+    return {"kind": kind, "labels": own if len(own) == heads[-1] else [f"LABEL_{n}" for n in range(heads[-1])]}
 
 
 def words_beyond(folder: Path, on: Target) -> list[str]:

@@ -70,7 +70,7 @@ def load_all(
     named = isinstance(base, (str, os.PathLike, BaseSpec))
     adapters = [Path(path) for d, path in zip(own, given, strict=True) if d is None and named]  # pyright: ignore[reportArgumentType]
     if adapters and not isinstance(base, BaseSpec) and not fields.keys() & {"kind", "labels"}:
-        fields = {**head_of(adapters[0]), **fields}
+        fields = {**head_of(adapters[0], base), **fields}
     on = load_base_for(base, [d for d in own if d is not None], fields, device)
     if not on.new_rows and (words := list(dict.fromkeys(w for path in adapters for w in words_beyond(path, on)))):
         on = load_base_for(base, [d for d in own if d is not None], {**fields, "new_tokens": words}, device)

@@ -18,7 +18,7 @@ from luthier.bases.roles import Roles
 from luthier.bridge.peft import from_peft, to_peft
 from luthier.bridge.peft_in import READERS
 from luthier.bridge.peft_out import WRITERS
-from luthier.bridge.peft_words import unwrapped
+from luthier.bridge.peft_words import base_of, unwrapped
 from luthier.bridge.target import logits_of
 from luthier.delta import FORMS
 from luthier.delta.artefact import Delta, Piece
@@ -328,13 +328,24 @@ def test_an_adapter_that_classifies_names_its_bases_head(family: str, leaf: str,
     theirs.save_pretrained(tmp_path / "adapter")
     theirs.config.pad_token_id = 0
     ids = tiny_ids()
-    import_(tmp_path / "adapter", tmp_path / "delta")
+    assert import_(tmp_path / "adapter", tmp_path / "delta").base["labels"] == [f"LABEL_{n}" for n in range(4)]
     for folder in ("adapter", "delta"):
         ours = load(str(tmp_path / "base"), deltas=[str(tmp_path / folder)])
         ours.config.pad_token_id = 0
         with torch.no_grad():
             assert torch.allclose(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
     assert verify(tmp_path / "adapter") and verify(tmp_path / "delta")
+
+
+def test_classes_are_called_as_the_base_calls_as_many(tmp_path: Path) -> None:
+    start = tiny("bert")
+    start.config.id2label, start.config.label2id = {0: "sad", 1: "so", 2: "glad"}, {"sad": 0, "so": 1, "glad": 2}
+    start.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    theirs: Any = peft.get_peft_model(start, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
+    theirs.save_pretrained(tmp_path / "adapter")
+    on = base_of(tmp_path / "adapter", tmp_path / "base")
+    assert on.settings["labels"] == ["sad", "so", "glad"] and not on.fresh
 
 
 def test_two_values_of_one_saved_module_are_refused() -> None:
