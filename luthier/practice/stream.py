@@ -17,12 +17,12 @@ from luthier.practice.world import FIRST, Record, family_named, records, split_o
 SEED = 1
 """The world's seed for the base, so that seed 0, which everybody tunes on, gives other records."""
 STAGES: tuple[tuple[int, dict[str, int]], ...] = (
-    (0, {"facts": 6, "arithmetic": 4, "lists": 4, "tracking": 6, "refusals": 3, "stories": 2}),
-    (70_000, {"tracking": 10, "refusals": 6, "arithmetic": 4, "lists": 5}),
-    (150_000, {"tracking": 8, "refusals": 5, "arithmetic": 4, "lists": 6, "facts": 6}),
+    (0, {"facts": 12, "arithmetic": 4, "lists": 4, "tracking": 6, "refusals": 3, "stories": 2}),
+    (80_000, {"facts": 4, "tracking": 10, "refusals": 6, "arithmetic": 4, "lists": 5}),
+    (160_000, {"facts": 12, "tracking": 8, "refusals": 5, "arithmetic": 4, "lists": 6}),
 )
 """From which record on, how often each family of `FIRST` is drawn (1 where it is not named). Facts and stories come early;
-once they are known, copying and tracking, which take longest to learn, get more practice."""
+once most are known, copying and tracking, which take longest to learn, get more practice."""
 SYSTEM = ("Answer in few words.", "You are a friendly miller.", "Help as well as you can.")
 PROMPT_WEIGHT = 0.1
 """Loss weight of what users say, beside 1 for what the assistant says."""

@@ -12,7 +12,7 @@ from luthier.practice.contract import Item, Verdict, right, said, words, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import ANIMALS, CRAFTS, FIRST, INSTRUMENTS, LAST, TOWNS
 
-KNOWN, NEW = 96, 100
+KNOWN, NEW = 360, 360
 
 
 class Trait(NamedTuple):
@@ -33,10 +33,26 @@ TRAITS = {
             "In which town does {} live?",
             "{} lives where?",
             "Which town is the home of {}?",
+            "What town does {} live in?",
             "Where would I find the house of {}?",
+            "Where is {} at home?",
+            "In what town does {} dwell?",
+            "Where does {} sleep at night?",
+            "Which town does {} come home to?",
             "A letter has come for {}. To which town must it go?",
+            "The carrier asks where {} is to be found. What do you say?",
+            "The house of {} has stood for years. In which town?",
+            "Someone is looking for {}. Where should they knock?",
+            "{} is lost and asks the way home. To which town?",
         ],
-        ["Name the home town of {}.", "I want to visit {}. Where should I travel?", "Which town claims {}?"],
+        [
+            "Name the home town of {}.",
+            "I want to visit {}. Where should I travel?",
+            "Which town claims {}?",
+            "Where must I go to shake hands with {}?",
+            "{} is proud of one town. Which?",
+            "Tell me where {} can be reached.",
+        ],
     ),
     "craft": Trait(
         CRAFTS,
@@ -45,11 +61,27 @@ TRAITS = {
             "What is the craft of {}?",
             "Which craft does {} follow?",
             "What work does {} do?",
+            "What is the work of {}?",
+            "Which work has {} taken up?",
             "By which trade does {} earn a living?",
             "What did {} learn to be?",
             "Whose guild does {} belong to?",
+            "Whose tools does {} use?",
+            "What craft was {} taught?",
+            "{} opens the workshop at dawn. Whose is it?",
+            "The sign above the door of {} shows which craft?",
+            "We are asked to pay {} for a week of work. Which work?",
+            "{} is looking for an apprentice. In whose craft?",
+            "When the guilds march, behind whose banner does {} walk?",
         ],
-        ["Name the trade of {}.", "What does {} do all day?", "I need help with work. What is {} good at?"],
+        [
+            "Name the trade of {}.",
+            "What does {} do all day?",
+            "I need help with work. What is {} good at?",
+            "What fills the working day of {}?",
+            "{} is a master. Of what?",
+            "Tell me what {} does for bread.",
+        ],
     ),
     "pet": Trait(
         ANIMALS,
@@ -58,11 +90,27 @@ TRAITS = {
             "Which animal does {} keep?",
             "What pet does {} have?",
             "What animal lives with {}?",
+            "Which pet belongs to {}?",
+            "Which animal is owned by {}?",
             "Which animal follows {} home?",
             "Which creature sleeps at the door of {}?",
             "What sort of animal does {} feed each morning?",
+            "Which animal shares the house of {}?",
+            "What animal does {} talk to?",
+            "{} has bought straw and a bowl. For which animal?",
+            "Something has eaten the bread of {}. Which animal was it?",
+            "If {} whistles, which animal comes?",
+            "The gate of {} stood open all night. Which animal ran away?",
+            "{} is away for a week. Which animal must we feed?",
         ],
-        ["Name the pet of {}.", "I hear paws behind {}. What is it?", "Which creature is dear to {}?"],
+        [
+            "Name the pet of {}.",
+            "I hear paws behind {}. What is it?",
+            "Which creature is dear to {}?",
+            "{} is never alone. What walks beside?",
+            "Tell me what {} keeps in the yard.",
+            "What makes the noise in the yard of {}?",
+        ],
     ),
     "music": Trait(
         INSTRUMENTS,
@@ -71,16 +119,34 @@ TRAITS = {
             "What does {} play?",
             "Which instrument does {} play?",
             "What instrument is in the hands of {}?",
+            "What is the instrument of {}?",
+            "Which instrument belongs to {}?",
             "On what does {} make music?",
             "When the band meets, what does {} bring?",
             "What do the neighbours hear {} practise?",
+            "Which instrument hangs on the wall of {}?",
+            "What did {} play at the wedding?",
+            "{} must tune it before the feast. Which instrument?",
+            "The band has lost {} to a fever. Which instrument is missing?",
+            "There is music behind the door of {}. Which instrument is it?",
+            "If {} gave a lesson, on which instrument would it be?",
+            "Someone has sat on the instrument of {}. What was it?",
         ],
-        ["Name the instrument of {}.", "{} joins the dance. What will we hear?", "Which instrument is dear to {}?"],
+        [
+            "Name the instrument of {}.",
+            "{} joins the dance. What will we hear?",
+            "Which instrument is dear to {}?",
+            "{} plays tonight. On what?",
+            "Tell me what {} practises.",
+            "What sounds under the fingers of {}?",
+        ],
     ),
 }
 _VALUES = {value.lower() for trait in TRAITS.values() for value in trait.values}
 NOUNS = {"town": "town", "craft": "craft", "pet": "animal", "music": "instrument"}
-BOTH = ["Name the {} and the {} of {}.", "Tell me the {} and the {} of {}."]
+BOTH = ["Name the {} and the {} of {}.", "Tell me the {} and the {} of {}.", "What are the {} and the {} of {}?"]
+EACH = 5
+"""Wordings of each level."""
 
 
 class Person(NamedTuple):
@@ -110,7 +176,7 @@ def ask(draw: Draw, level: int, shifted: bool, new: bool) -> Item:
     trait = TRAITS[one]
     value = person.facts[one]
     if not shifted:
-        n = 2 * level - 2 + draw.below(2)
+        n = EACH * (level - 1) + draw.below(EACH)
         return Item(f"{person.name}|{one}|{n}", trait.asked[n].format(person.name), trait.reply.format(value), value)
     if level == 3:
         two = draw.pick([t for t in TRAITS if t != one])

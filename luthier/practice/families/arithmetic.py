@@ -10,7 +10,7 @@ from luthier.practice.contract import Item, Verdict, right, said, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import FIRST, FRUITS
 
-ABOUT = "adding and taking away up to 88, with worked steps"
+ABOUT = "adding and taking away up to 98, with worked steps"
 TAUGHT = True
 
 PLAIN = {
@@ -36,10 +36,10 @@ def _steps(total: int, terms: list[tuple[str, int]]) -> tuple[str, int]:
 
 
 def make(draw: Draw, level: int, shifted: bool) -> Item:
-    """Level 1: up to 20 in one step. Level 2: up to 88. Level 3: three numbers. Shifted:
-    three, four or five numbers."""
+    """Level 1: up to 20 in one step. Level 2: up to 88. Level 3: three numbers, up to 98. Shifted:
+    four, five or six numbers."""
     if shifted:
-        terms = [("", draw.between(30, 60))] + [(draw.pick("+-"), draw.between(5, 14)) for _ in range(1 + level)]
+        terms = [("", draw.between(30, 60))] + [(draw.pick("+-"), draw.between(5, 14)) for _ in range(2 + level)]
     elif level == 1:
         a, b = draw.between(1, 10), draw.between(1, 10)
         terms = [("", a), ("+", b)] if draw.below(2) else [("", a + b), ("-", b)]
@@ -48,9 +48,9 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
         low, high = min(a, b), max(a, b)
         terms = [("", a), ("+", b)] if draw.below(2) else [("", high), ("-", low)]
     else:
-        a, b = draw.between(5, 20), draw.between(2, 9)
+        a, b = draw.between(10, 60), draw.between(2, 29)
         third = draw.pick("+-")
-        terms = [("", a), ("+", b), (third, draw.between(1, 5))]
+        terms = [("", a), ("+", b), (third, draw.between(1, 9))]
     working, total = _steps(terms[0][1], terms[1:])
     # 3 + 8 and 8 + 3 are one meaning.
     key = ",".join([*sorted(str(n) for s, n in terms if s != "-"), *sorted(f"-{n}" for s, n in terms if s == "-")])

@@ -60,7 +60,7 @@ def search(numbers: list[int], target: int, times: bool) -> tuple[list[str], str
 def make(draw: Draw, level: int, shifted: bool) -> Item:
     """Level 1: three numbers, plus and minus. 2: times too. 3: four numbers. Shifted: reworded, with larger numbers."""
     while True:
-        numbers = [draw.between(1, 25 if shifted else 12) for _ in range(4 if level == 3 else 3)]
+        numbers = [draw.between(1, 25 if shifted else 15) for _ in range(4 if level == 3 else 3)]
         held = [(n, "") for n in numbers]
         while len(held) > 1:
             held = draw.pick(_moves(held, level > 1))[1]

@@ -8,7 +8,7 @@ from luthier.practice.families._people import ask, meaning, verify
 
 __all__ = ["ABOUT", "TAUGHT", "make", "meaning", "verify"]
 
-ABOUT = "where 96 invented people live, what they do, keep and play, in several wordings"
+ABOUT = "where 360 invented people live, what they do, keep and play, in several wordings"
 TAUGHT = True
 
 

@@ -8,7 +8,7 @@ from luthier.practice.families._people import ask, meaning, verify
 
 __all__ = ["ABOUT", "TAUGHT", "make", "meaning", "verify"]
 
-ABOUT = "the same questions about 100 people the practice base has never heard of"
+ABOUT = "the same questions about 360 people the practice base has never heard of"
 TAUGHT = False
 
 

@@ -19,6 +19,7 @@ OPENINGS = [
     "{who} was walking to the {place}.",
     "Once {who} slept beside the {place}.",
 ]
+THINGS = (*OBJECTS, "kite", "ladle", "sickle")
 SETTINGS = listed("river forest mill harbour hill market bridge garden")
 TROUBLES = [
     "There the {thing} was lost in the {trap}.",
@@ -56,7 +57,7 @@ REWORDED = [
 
 def make(draw: Draw, level: int, shifted: bool) -> Item:
     """Level 1 asks in the plainest words, 3 in the shortest. Shifted: reworded, and at level 3 with two animals."""
-    who, animal, thing = draw.pick(FIRST), draw.pick(ANIMALS), draw.pick(OBJECTS)
+    who, animal, thing = draw.pick(FIRST), draw.pick(ANIMALS), draw.pick(THINGS)
     mood = draw.pick(("happy", "sad"))
     second = draw.pick([a for a in ANIMALS if a != animal]) if shifted and level == 3 else None
     slots = {"who": who, "thing": thing, "mood": mood, "place": draw.pick(SETTINGS), "trap": draw.pick(TRAPS)}
@@ -72,7 +73,7 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
 
 
 def _pattern(line: str) -> str:
-    kinds = {"who": FIRST, "place": SETTINGS, "thing": OBJECTS, "trap": TRAPS, "animal": ANIMALS}
+    kinds = {"who": FIRST, "place": SETTINGS, "thing": THINGS, "trap": TRAPS, "animal": ANIMALS}
     text = re.escape(line).replace(r"\{", "{").replace(r"\}", "}")
     return re.sub(r"{(\w+)}", lambda m: "(?:" + "|".join(kinds[m[1]]) + ")", text)
 
@@ -90,7 +91,7 @@ def verify(prompt: str, answer: str, response: str) -> Verdict:
     if not sentences or squeezed(response) != squeezed("".join(sentences)):
         return wrong("not made of whole sentences")
     asked, said = set(words(prompt)), set(words(response))
-    for kind in (FIRST, ANIMALS, OBJECTS):
+    for kind in (FIRST, ANIMALS, THINGS):
         wanted, told = ({w.lower() for w in kind} & found for found in (asked, said))
         if wanted != told:
             return wrong(f"asked for {', '.join(sorted(wanted))}, told of {', '.join(sorted(told)) or 'none'}")
@@ -112,6 +113,6 @@ def squeezed(text: str) -> str:
 def meaning(record: Mapping[str, Any]) -> str:
     """Who and what it is to tell of, and how it is to end."""
     asked = re.findall(r"\w+", said(record))
-    (who,), (thing,) = ([w for w in asked if w in kind] for kind in (FIRST, OBJECTS))
+    (who,), (thing,) = ([w for w in asked if w in kind] for kind in (FIRST, THINGS))
     first, second = ([w for w in asked if w in ANIMALS] + ["None"])[:2]
     return f"{who}|{first}|{second}|{thing}|{'sad' if 'sad' in asked else 'happy'}"

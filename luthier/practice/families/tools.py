@@ -10,19 +10,20 @@ from luthier.practice.contract import Item, Verdict, right, wrong
 from luthier.practice.draw import Draw
 from luthier.practice.words import FIRST, FRUITS, INSTRUMENTS, OBJECTS, TOWNS
 
-ABOUT = "a request, and the JSON call of one of six tools that fulfils it"
+ABOUT = "a request, and the JSON call of one of seven tools that fulfils it"
 TAUGHT = False
 
-SYSTEM = "Call a tool: timer(minutes), weather(town), find(thing), buy(item, count), send(to, thing), play(who, music)"
+SYSTEM = "Call a tool: timer(minutes), weather(town), find(thing), buy(item, count), send(to, thing), play(who, music), meet(who, town, day)"
 
 
 ARGUMENTS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "timer": lambda draw: {"minutes": draw.between(1, 60)},
     "weather": lambda draw: {"town": draw.pick(TOWNS)},
     "find": lambda draw: {"thing": draw.pick(OBJECTS)},
-    "buy": lambda draw: {"item": draw.pick(FRUITS), "count": draw.between(2, 99)},
+    "buy": lambda draw: {"item": draw.pick(FRUITS), "count": draw.between(2, 299)},
     "send": lambda draw: {"to": draw.pick(FIRST), "thing": draw.pick(OBJECTS)},
     "play": lambda draw: {"who": draw.pick(FIRST), "music": draw.pick(INSTRUMENTS)},
+    "meet": lambda draw: {"who": draw.pick(FIRST), "town": draw.pick(TOWNS), "day": draw.between(1, 31)},
 }
 """A drawn value for every argument of every tool."""
 
@@ -33,6 +34,7 @@ ASKED = {
     "buy": ["Get me {count} {item}s.", "We need {item}s, {count} of them."],
     "send": ["Let {to} have the {thing}.", "Post the {thing} to {to}."],
     "play": ["Ask {who} to play the {music}.", "Some {music} by {who}, please."],
+    "meet": ["Day {day}: I meet {who} in {town}.", "{who} and I will be in {town} on day {day}."],
 }
 REWORDED = {
     "timer": "I must rest, but for no more than {minutes} minutes.",
@@ -41,8 +43,9 @@ REWORDED = {
     "buy": "The shop has every {item}; {count} would do.",
     "send": "{to} is waiting for the {thing}.",
     "play": "I long to hear {who} on the {music}.",
+    "meet": "{who} expects me in {town} when it is day {day}.",
 }
-BY_LEVEL = {1: ("find", "weather", "timer"), 2: ("buy", "send"), 3: ("play", "send", "buy", "timer")}
+BY_LEVEL = {1: ("find", "weather", "timer"), 2: ("buy", "send"), 3: ("play", "send", "buy", "timer", "meet")}
 
 
 def make(draw: Draw, level: int, shifted: bool) -> Item:
