@@ -21,6 +21,8 @@ TOLD = {
     "+": "{who} has {a} {fruit}s and picks {b} more. How many now?",
     "-": "{who} has {a} {fruit}s and eats {b}. How many are left?",
 }
+ADDED = (5, 6, 7, 8, 9, 11, 12, 13, 14)
+"""What longer sums add and take away. Never a ten alone: 49 - 10 - 6 would have the working of 49 - 16."""
 
 
 def _steps(total: int, terms: list[tuple[str, int]]) -> tuple[str, int]:
@@ -39,7 +41,7 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
     """Level 1: up to 20 in one step. Level 2: up to 88. Level 3: three numbers, up to 98. Shifted:
     four, five or six numbers."""
     if shifted:
-        terms = [("", draw.between(30, 60))] + [(draw.pick("+-"), draw.between(5, 14)) for _ in range(2 + level)]
+        terms = [("", draw.between(30, 60))] + [(draw.pick("+-"), draw.pick(ADDED)) for _ in range(2 + level)]
     elif level == 1:
         a, b = draw.between(1, 10), draw.between(1, 10)
         terms = [("", a), ("+", b)] if draw.below(2) else [("", a + b), ("-", b)]
@@ -48,7 +50,7 @@ def make(draw: Draw, level: int, shifted: bool) -> Item:
         low, high = min(a, b), max(a, b)
         terms = [("", a), ("+", b)] if draw.below(2) else [("", high), ("-", low)]
     else:
-        a, b = draw.between(10, 60), draw.between(2, 29)
+        a, b = draw.between(10, 60), 10 * draw.below(3) + draw.between(1, 9)
         third = draw.pick("+-")
         terms = [("", a), ("+", b), (third, draw.between(1, 9))]
     working, total = _steps(terms[0][1], terms[1:])
