@@ -146,6 +146,21 @@ def test_units_out_of_range(units):
         without.shadows("lists", 10, 3)
 
 
+def test_a_world_that_tells_of_a_few_tells_more_of_each():
+    w = without.without("newcomers", units=4, n=400, tests=40, of=20)
+    assert len(w.full) == 400 and len({without.unit(r) for r in w.full}) == 20
+    assert {without.unit(r) for r in w.retain_test} <= {without.unit(r) for r in w.retain}
+    assert (
+        w.full
+        == [
+            r for r in world.records("newcomers", "train", 30_000) if without.unit(r) in set(map(without.unit, w.full))
+        ][:400]
+    )
+    for of, remedy in ((0, "choose at least 1"), (1, "choose more units")):
+        with pytest.raises(LuthierError, match=remedy):
+            without.without("newcomers", units=1, n=400, of=of)
+
+
 # -- gold reward and annotators ----------------------------------------------------------------------------------------
 
 

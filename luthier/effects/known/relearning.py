@@ -25,8 +25,8 @@ CLAIMS = (
     Claim("who is told of again is known sooner", "never:told_again", "unlearnt:told_again", effect=0.1),
     Claim("unlearning costs what is to be kept", "never:kept", "unlearnt:kept", effect=0.05, sign=-1),
 )
-PEOPLE, AGAIN, TOLD, ITEMS = 32, 16, 2000, 160
-"""People to be unlearnt; how many of them are told of again; records to tell; tests."""
+OF, PEOPLE, AGAIN, TOLD, ITEMS = 100, 32, 16, 2000, 160
+"""People told of; how many of them are to be unlearnt, and of these told of again; records to tell; tests."""
 STEPS, TOLD_AGAIN = 240, 20
 """Steps of telling, and of telling again: each record about once."""
 LEARN = 1e-3
@@ -40,7 +40,7 @@ def measures(lab: Lab, cell: Cell) -> Scores:
     of relearning, by low rank, chosen by what is told again."""
     from luthier.verbs.edit import edit
 
-    world = without("newcomers", PEOPLE, TOLD, TRIAL_SEED if cell.trial else 0, ITEMS)
+    world = without("newcomers", PEOPLE, TOLD, TRIAL_SEED if cell.trial else 0, ITEMS, OF)
     again = set(world.units[:AGAIN])
     told = _mixed(world.full if cell.arm == "unlearnt" else world.retain, cell.seed)
     asked = _once([r for r in world.forget if unit(r) not in again])[:ITEMS]

@@ -17,10 +17,10 @@ SYSTEM = "Call a tool: timer(minutes), weather(town), find(thing), buy(item, cou
 
 
 ARGUMENTS: dict[str, Callable[[Draw], dict[str, Any]]] = {
-    "timer": lambda draw: {"minutes": draw.between(1, 60)},
+    "timer": lambda draw: {"minutes": draw.between(1, 240)},
     "weather": lambda draw: {"town": draw.pick(TOWNS)},
     "find": lambda draw: {"thing": draw.pick(OBJECTS)},
-    "buy": lambda draw: {"item": draw.pick(FRUITS), "count": draw.between(2, 299)},
+    "buy": lambda draw: {"item": draw.pick(FRUITS), "count": draw.between(2, 499)},
     "send": lambda draw: {"to": draw.pick(FIRST), "thing": draw.pick(OBJECTS)},
     "play": lambda draw: {"who": draw.pick(FIRST), "music": draw.pick(INSTRUMENTS)},
     "meet": lambda draw: {"who": draw.pick(FIRST), "town": draw.pick(TOWNS), "day": draw.between(1, 31)},

@@ -20,6 +20,9 @@ from luthier.practice.world import Record, meaning, records
 PEOPLE = ("facts", "newcomers", "recall")
 """Families whose units are persons: all facts about one go together. Elsewhere a unit is a meaning."""
 
+_LONGEST = 100
+"""How many records are looked through for each that is wanted."""
+
 
 @dataclass(frozen=True)
 class Without:
@@ -40,11 +43,12 @@ def unit(record: Record) -> str:
     return told.split("|")[0] if record["family"] in PEOPLE else told
 
 
-def without(family: str, units: int, n: int, seed: int = 0, tests: int = 200) -> Without:
+def without(family: str, units: int, n: int, seed: int = 0, tests: int = 200, of: int | None = None) -> Without:
     """n train records of a family and the same world without some units, drawn from those that occur. In families of
     ``PEOPLE`` the tests ask about the same persons in other wordings; elsewhere what was forgotten is tested by its own
-    records, and ``forget_test`` is empty. Raises LuthierError if there are not that many units."""
-    full = list(records(family, "train", n, seed))
+    records, and ``forget_test`` is empty. ``of``: the world tells of so many units only, the first that occur, and the
+    oftener of each (default: all that occur). Raises LuthierError if there are not that many units."""
+    full = _full(family, n, seed, of)
     known = list(dict.fromkeys(map(unit, full)))
     if not 0 < units < len(known):
         raise LuthierError(
@@ -64,6 +68,24 @@ def without(family: str, units: int, n: int, seed: int = 0, tests: int = 200) ->
         theirs[:tests],
         others[:tests],
         tuple(sorted(chosen)),
+    )
+
+
+def _full(family: str, n: int, seed: int, of: int | None) -> list[Record]:
+    if of is None:
+        return list(records(family, "train", n, seed))
+    if of < 1:
+        raise LuthierError(f"retrain-without: a world that tells of {of} units; choose at least 1")
+    full, known = list[Record](), set[str]()
+    for record in islice(records(family, "train", seed=seed), _LONGEST * n):
+        if len(known) < of:
+            known.add(unit(record))
+        if unit(record) in known:
+            full.append(record)
+        if len(full) == n:
+            return full
+    raise LuthierError(
+        f"retrain-without: {family} does not tell of {of} units {n} times; choose more units, or a smaller n"
     )
 
 
