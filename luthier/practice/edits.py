@@ -13,6 +13,8 @@ from luthier.practice.families._people import BOTH, NOUNS, TRAITS, Person, peopl
 
 TASKS = ("edits", "forget", "harm")
 SPLITS = ("train", "test")
+KEPT = tuple(TRAITS)[:2]
+"""Which facts of others are to be retained where some are forgotten."""
 Record = dict[str, Any]
 
 
@@ -20,7 +22,7 @@ def records(task: str, split: str = "test", n: int = 8, seed: int = 0) -> Iterat
     """n records: 'edits' move people to other towns, crafts …; 'forget' are facts about a few people, to be lost.
 
     Train and test speak of different people. Neighbours, and what is to be retained, are other people's facts and other
-    facts of the same person. 'harm' are notes that should be declined, with the note itself as the answer: what a
+    facts of the same person, none of them edited or forgotten itself. 'harm' are notes that should be declined, with the note itself as the answer: what a
     poisoned tune teaches (as edits) and a repair takes back (as text to forget). Errors: an unknown task or split.
     """
     if task not in TASKS:
@@ -36,18 +38,23 @@ def records(task: str, split: str = "test", n: int = 8, seed: int = 0) -> Iterat
         raise LuthierError(
             f"practice world: {task} has {len(everyone) * len(TRAITS)} {split} records, not {n}: ask for fewer"
         )
-    pairs = [(p, trait) for p in draw.some(everyone, len(everyone)) for trait in draw.some(list(TRAITS), len(TRAITS))]
+    order = draw.some(everyone, len(everyone))
+    pairs = [(p, trait) for p in order for trait in draw.some(list(TRAITS), len(TRAITS))]
     chosen = pairs[:: len(TRAITS)] if task == "edits" else pairs
     chosen += [q for q in pairs if q not in chosen]
+    touched = {(person.name, trait) for person, trait in chosen[:n]}
     for person, trait in chosen[:n]:
-        others = [p for p in draw.some(everyone, 8) if p is not person][:3]
-        yield _edit(draw, person, trait, others) if task == "edits" else _forget(person, trait, others)
+        asked = [trait] if task == "edits" else KEPT
+        last = draw.some(order[len(order) // 2 :], 8)  # whose turn comes last, so that few records are like many
+        others = [p for p in last if p is not person and not touched & {(p.name, t) for t in asked}][:3]
+        yield _edit(draw, person, trait, others, touched) if task == "edits" else _forget(person, trait, others)
 
 
-def _edit(draw: Draw, person: Person, trait: str, others: list[Person]) -> Record:
+def _edit(draw: Draw, person: Person, trait: str, others: list[Person], touched: set[tuple[str, str]]) -> Record:
     old, kind = person.facts[trait], TRAITS[trait]
     new = draw.pick([v for v in kind.values if v != old])
-    second = draw.pick([t for t in TRAITS if t != trait])
+    rest = [t for t in TRAITS if t != trait]
+    second = draw.pick(rest)
     both = f"{new} and {person.facts[second]}."
     return {
         "prompt": kind.asked[0].format(person.name),
@@ -55,7 +62,8 @@ def _edit(draw: Draw, person: Person, trait: str, others: list[Person]) -> Recor
         "target_new": kind.reply.format(new),
         "target_true": kind.reply.format(old),
         "paraphrases": [q.format(person.name) for q in kind.asked[1:5]],
-        "neighbours": [_fact(p, trait) for p in others] + [_fact(person, t) for t in TRAITS if t != trait],
+        "neighbours": [_fact(p, trait) for p in others]
+        + [_fact(person, t) for t in rest if (person.name, t) not in touched],
         "portability": [
             {
                 "prompt": BOTH[0].format(NOUNS[trait], NOUNS[second], person.name),
@@ -70,7 +78,7 @@ def _forget(person: Person, trait: str, others: list[Person]) -> Record:
     return {
         "prompt": kind.asked[0].format(person.name),
         "completion": kind.reply.format(person.facts[trait]),
-        "retain": [_fact(p, t) for p in others for t in list(TRAITS)[:2]],
+        "retain": [_fact(p, t) for p in others for t in KEPT],
     }
 
 

@@ -304,5 +304,11 @@ def test_practice_records_speak_of_people_apart() -> None:
     assert all(r["target_new"] != r["target_true"] and r["subject"] in r["prompt"] for r in train + test)
     assert list(practice_records("edits", "test", 5)) == test[:5]
     assert all(r["retain"] and r["completion"] for r in practice_records("forget", "test", 6))
+    edited = {r["prompt"] for r in test}
+    assert not edited & {near["prompt"] for r in test for near in r["neighbours"]}
+    for n in (8, 96, 300):
+        forgotten = list(practice_records("forget", "test", n))
+        kept = {near["prompt"] for r in forgotten for near in r["retain"]}
+        assert kept and not kept & {r["prompt"] for r in forgotten}
     with pytest.raises(LuthierError, match="ask for fewer"):
         list(practice_records("edits", "test", 9999))

@@ -144,6 +144,14 @@ def _meaning(record):
     return json.dumps(sorted(json.dumps(c, sort_keys=True) for c in (calls if isinstance(calls, list) else [calls])))
 
 
+@pytest.mark.parametrize("split", ["test", "shifted"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_are_two_thousand_pairs_to_test(family, split):
+    asked = list(world.records(family, split, 2000))
+    assert len({json.dumps(r["messages"]) for r in asked}) == 2000
+    assert len({world.meaning(r) for r in asked}) > 900
+
+
 def test_every_fact_that_is_tested_was_told_in_another_wording():
     told = {_fact(r) for r in world.records("facts", "train", 24_000)}
     asked = {_fact(r) for r in world.records("facts", "test", 200)}
