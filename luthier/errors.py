@@ -13,6 +13,12 @@ class LuthierError(Exception):
     """What went wrong, where, and what to do about it, in one line. The command line prints it and exits with code 2."""
 
 
+def of_system(error: OSError) -> str:
+    """The line of what the system refused: a disk, a permission, a network, and of which file."""
+    of = f"{error.filename}: " if error.filename else ""
+    return f"{of}{error.strerror or error}: mend that, then run the command again"
+
+
 def nearest(word: str, known: Iterable[str], what: str = "name", most: int | None = None) -> str:
     """The tail of an error about an unknown word: the closest known one if any is close, and all of them, or the closest
     few where there are more than `MANY`. `most`: how many are listed where none is close, if not all.

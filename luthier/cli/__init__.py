@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     LUTHIER_TRACE=1 shows where an error came from.
     """
-    from luthier.errors import LuthierError
+    from luthier.errors import LuthierError, of_system
 
     if os.environ.get("LUTHIER_TRACE") in (None, "", "0"):
         try:
@@ -28,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except BrokenPipeError:  # the reader of a pipe left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
-        except OSError as e:  # a disk, a permission, a network: what the system says, and of which file
-            of = f"{e.filename}: " if e.filename else ""
-            code = _fail(f"{of}{e.strerror or e}: mend that, then run the command again (LUTHIER_TRACE=1 shows where)")
+        except OSError as e:
+            code = _fail(f"{of_system(e)} (LUTHIER_TRACE=1 shows where)")
     else:
         code = _run(argv)
     raise SystemExit(code)

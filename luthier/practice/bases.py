@@ -19,7 +19,7 @@ from typing import Any
 
 from luthier.bases.built import ASSETS, SHIPPED, entry, home, practice_folder, table
 from luthier.bases.tokens import without_place
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, of_system
 from luthier.practice import card
 from luthier.practice.kept import keep, unfold
 from luthier.practice.shapes import M, Size
@@ -68,8 +68,11 @@ def build(
     stages of the text are stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes
     none. A base whose delta is in the package is made of that, unless ``tokens`` are stated.
 
-    Raises LuthierError where the parent is not built, and where the folder holds a run or a base of other settings.
+    Raises LuthierError for sizes out of range, where the parent is not built, and where the folder holds a run or a base of other settings.
     """
+    for what, value, least in (("tokens", tokens, 1), ("minutes", minutes, 0), ("items", items, 0)):
+        if value is not None and value < least:
+            raise LuthierError(f"{what} {value:g}: choose {least} at least")
     folder = folder or home() / base.name
     if (folder / "config.json").is_file():
         _as_described(base, folder, tokens)
@@ -229,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = build(described(told.name), told.out, told.minutes, told.tokens, items)
         if folder and told.install:
             folder = install(folder, told.items)
-    except LuthierError as error:
-        sys.stderr.write(f"{error}\n")
+    except (LuthierError, OSError) as error:
+        sys.stderr.write(f"{of_system(error) if isinstance(error, OSError) else error}\n")
         return 2
     sys.stdout.write(f"{folder}\n" if folder else f"{told.name}: not finished; call again\n")
     return 0

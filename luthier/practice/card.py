@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.bases.built import ASSETS, SHIPPED, entry, practice_folder
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, of_system
 from luthier.practice.world import SPLITS, Record, families, family_named, records, taught, verify
 
 ASSET = ASSETS / "base"
@@ -135,6 +135,10 @@ def measure(folder: Path = ASSET, n: int = 200, only: Sequence[str] = (), comman
     """The card: score per family per split, perplexity per family, what it was trained on and what never. With ``only``
     some families, the others' figures are those of the folder's present card, which must be of ``n`` items too.
     ``command`` is what measures it again."""
+    if n < 1:
+        raise LuthierError(f"practice base: a card of {n} items a family: choose 1 at least")
+    for name in only:
+        family_named(name)
     model, tokenizer = load(folder)
     told = folder / "training.json"
     kept: dict[str, Any] = {"scores": {}, "perplexity": {}}
@@ -269,8 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = practice_folder(told.base) if named else Path(told.base)
         command = f"{COMMAND} --base {told.base}" if named and folder != ASSET else ""
         shown = write(folder, told.items, [name for name in told.families.split(",") if name], command)
-    except LuthierError as error:
-        sys.stderr.write(f"{error}\n")
+    except (LuthierError, OSError) as error:
+        sys.stderr.write(f"{of_system(error) if isinstance(error, OSError) else error}\n")
         return 2
     sys.stdout.write(shown)
     return 0

@@ -11,6 +11,7 @@ import torch
 
 from luthier.bases import built
 from luthier.bases.load import load_base
+from luthier.effects.__main__ import main as effects
 from luthier.errors import LuthierError
 from luthier.plan.schema import BaseSpec
 from luthier.practice import bases, card, kept, tokenizer, world
@@ -250,3 +251,23 @@ def test_a_longer_run_stretches_its_stages_and_goes_on_with_those_it_has(tmp_pat
     train(tmp_path, run, TINY, stop_at=1, tokenizer=words)
     assert bases._lengthened(SHORT, 20 * SHORT.tokens, tmp_path) == replace(run, tokens=20 * SHORT.tokens)
     assert bases._lengthened(SHORT, None, tmp_path) == run
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "told"),
+    [
+        (bases.main, ["moe", "--out", "/dev/null/x"], "mend that, then run the command again"),
+        (bases.main, ["moe", "--tokens", "-5"], "tokens -5: choose 1 at least"),
+        (bases.main, ["moe", "--minutes", "-1"], "minutes -1: choose 0 at least"),
+        (bases.main, ["moe", "--items", "-1"], "items -1: choose 0 at least"),
+        (card.main, ["--items", "0"], "choose 1 at least"),
+        (card.main, ["--families", "factz"], "unknown family 'factz'"),
+        (card.main, ["--base", "nowhere"], "no model in nowhere"),
+        (effects, ["phrasings", "--out", "/dev/null/x"], "mend that, then run the command again"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(command, asked, told, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LUTHIER_PRACTICE", str(tmp_path))
+    assert command(asked) == 2
+    line = capsys.readouterr().err
+    assert told in line and line.count("\n") == 1
