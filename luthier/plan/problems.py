@@ -139,7 +139,8 @@ def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
     if close := get_close_matches(key, known, 1, 0.6):
         return f"{where}: unknown key: did you mean '{f'{path}.' if path else ''}{close[0]}'?"
     if homes := sorted({p for p, _ in fields() if p.rsplit(".", 1)[-1] == key}):
-        return f"{where}: unknown key: '{key}' belongs to another section: {' or '.join(homes)}"
+        home = "is a section of its own" if homes == [key] else f"belongs to another section: {' or '.join(homes)}"
+        return f"{where}: unknown key: '{key}' {home}; {path or 'a plan'} has {', '.join(sorted(known))}"
     return f"{where}: unknown key: {path or 'a plan'} has {', '.join(sorted(known))}"
 
 
