@@ -62,7 +62,7 @@ def teach(m: Model, told: Sequence[Record], count: int, size: int = 16) -> None:
     steps(m, count, 1e-3, loss)
 
 
-def preferred(m: Model, pairs: Sequence[dict[str, Any]], count: int, beta: float = 0.1, size: int = 16) -> Model:
+def preferred(m: Model, pairs: Sequence[dict[str, Any]], count: int, beta: float = 0.1, size: int = 32) -> Model:
     """DPO (Rafailov et al. 2023): -log sigmoid(beta · (change of log p(chosen) - change of log p(rejected)))."""
     new = Model(deepcopy(m.model), m.tokenizer)
 
@@ -75,7 +75,7 @@ def preferred(m: Model, pairs: Sequence[dict[str, Any]], count: int, beta: float
         chosen, rejected = (likely(new, asked, said)[0] - before).chunk(2)
         return -logsigmoid(beta * (chosen - rejected)).mean()
 
-    steps(new, count, 1e-3, loss)
+    steps(new, count, 3e-4, loss)
     return new
 
 
@@ -110,10 +110,10 @@ def errors(before: Sequence[float], after: Sequence[float]) -> float:
 def test_pairs_raise_gold_or_what_a_vain_annotator_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The practice base, told of lists right and wrong, with idle words and without, then tuned on pairs: an honest
     annotator's raise gold; a vain one's raise what that one likes, more than the honest one's do, and gold falls."""
-    monkeypatch.setattr(preferences, "ITEMS", 160)
+    monkeypatch.setattr(preferences, "ITEMS", 240)
     told = {arm: preferences.tasks(lab, lab.cell) for arm in preferences.ARMS for lab in [a_lab(arm, tmp_path)]}
     with a_lab("start", tmp_path).untouched() as m:
-        teach(m, told["start"].told, 24)
+        teach(m, told["start"].told, 60)
         arms = {"start": m} | {arm: preferred(m, told[arm].pairs, 6) for arm in ("honest", "vain")}
         asked = told["start"].asked
         got = {arm: preferences.scores(asked, x.says(asked, 24, AS_IT_COMES), arm) for arm, x in arms.items()}
