@@ -13,8 +13,10 @@ class LuthierError(Exception):
     """What went wrong, where, and what to do about it, in one line. The command line prints it and exits with code 2."""
 
 
-def of_system(error: OSError) -> str:
-    """The line of what the system refused: a disk, a permission, a network, and of which file."""
+def in_one_line(error: LuthierError | OSError) -> str:
+    """What a command ends with: our own line, or what the system refused (a disk, a permission, a network) and of which file."""
+    if isinstance(error, LuthierError):
+        return str(error)
     of = f"{error.filename}: " if error.filename else ""
     return f"{of}{error.strerror or error}: mend that, then run the command again"
 

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     LUTHIER_TRACE=1 shows where an error came from.
     """
-    from luthier.errors import LuthierError, of_system
+    from luthier.errors import LuthierError, in_one_line
 
     if os.environ.get("LUTHIER_TRACE") in (None, "", "0"):
         try:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
         except OSError as e:
-            code = _fail(f"{of_system(e)} (LUTHIER_TRACE=1 shows where)")
+            code = _fail(f"{in_one_line(e)} (LUTHIER_TRACE=1 shows where)")
     else:
         code = _run(argv)
     raise SystemExit(code)

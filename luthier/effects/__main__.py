@@ -12,7 +12,7 @@ from typing import Any
 from luthier.effects.contract import effect_named, effects, waiting
 from luthier.effects.page import page
 from luthier.effects.run import PROTOCOL, SEEDS, run, text_digest
-from luthier.errors import LuthierError, of_system
+from luthier.errors import LuthierError, in_one_line
 from luthier.measuring.report import replace_text
 from luthier.training.lock import locked
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             effect_named(name)
         _run(names or list(effects()), told)
     except (LuthierError, OSError) as error:
-        sys.stderr.write(f"{of_system(error) if isinstance(error, OSError) else error}\n")
+        sys.stderr.write(f"{in_one_line(error)}\n")
         return 2
     return 0
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from luthier.bases.built import ASSETS, SHIPPED, entry, home, practice_folder, table
 from luthier.bases.tokens import without_place
-from luthier.errors import LuthierError, of_system
+from luthier.errors import LuthierError, in_one_line
 from luthier.practice import card
 from luthier.practice.kept import keep, unfold
 from luthier.practice.shapes import M, Size
@@ -68,7 +68,8 @@ def build(
     stages of the text are stretched with a longer one. ``items`` of each family and split are asked for the card; 0 writes
     none. A base whose delta is in the package is made of that, unless ``tokens`` are stated.
 
-    Raises LuthierError for sizes out of range, where the parent is not built, and where the folder holds a run or a base of other settings.
+    Raises LuthierError for sizes out of range, where the parent is not built, and where the folder holds a run or a base of
+    other settings.
     """
     for what, value, least in (("tokens", tokens, 1), ("minutes", minutes, 0), ("items", items, 0)):
         if value is not None and value < least:
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if folder and told.install:
             folder = install(folder, told.items)
     except (LuthierError, OSError) as error:
-        sys.stderr.write(f"{of_system(error) if isinstance(error, OSError) else error}\n")
+        sys.stderr.write(f"{in_one_line(error)}\n")
         return 2
     sys.stdout.write(f"{folder}\n" if folder else f"{told.name}: not finished; call again\n")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.bases.built import ASSETS, SHIPPED, entry, practice_folder
-from luthier.errors import LuthierError, of_system
+from luthier.errors import LuthierError, in_one_line
 from luthier.practice.world import SPLITS, Record, families, family_named, records, taught, verify
 
 ASSET = ASSETS / "base"
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = f"{COMMAND} --base {told.base}" if named and folder != ASSET else ""
         shown = write(folder, told.items, [name for name in told.families.split(",") if name], command)
     except (LuthierError, OSError) as error:
-        sys.stderr.write(f"{of_system(error) if isinstance(error, OSError) else error}\n")
+        sys.stderr.write(f"{in_one_line(error)}\n")
         return 2
     sys.stdout.write(shown)
     return 0
