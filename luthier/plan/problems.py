@@ -138,10 +138,11 @@ def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
         return f"{where}: unknown key: '{key}' is called {meant} here"
     if close := get_close_matches(key, known, 1, 0.6):
         return f"{where}: unknown key: did you mean '{f'{path}.' if path else ''}{close[0]}'?"
+    has = f"{path or 'a plan'} has {', '.join(sorted(known))}"
     if homes := sorted({p for p, _ in fields() if p.rsplit(".", 1)[-1] == key}):
         home = "is a section of its own" if homes == [key] else f"belongs to another section: {' or '.join(homes)}"
-        return f"{where}: unknown key: '{key}' {home}; {path or 'a plan'} has {', '.join(sorted(known))}"
-    return f"{where}: unknown key: {path or 'a plan'} has {', '.join(sorted(known))}"
+        return f"{where}: unknown key: '{key}' {home}; {has}"
+    return f"{where}: unknown key: {has}"
 
 
 def fields(model: type[BaseModel] = Plan, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
